@@ -1,0 +1,3 @@
+"""Image sources for calibration and evaluation."""
+
+__all__: list[str] = []

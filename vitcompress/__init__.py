@@ -1,0 +1,3 @@
+"""Compression of vision transformers after training."""
+
+__all__: list[str] = []

@@ -1,0 +1,28 @@
+"""Looking at data: sources, observers, statistics and range search."""
+
+from vitcompress.calibration.observers import (
+    ChannelAbsMax,
+    Histogram,
+    MinMax,
+    Observer,
+    Samples,
+    SecondMoment,
+)
+from vitcompress.calibration.ranges import RangeConfig, search_range
+from vitcompress.calibration.source import Batch, CalibrationSource
+from vitcompress.calibration.statistics import Request, Statistics
+
+__all__ = [
+    "Batch",
+    "CalibrationSource",
+    "ChannelAbsMax",
+    "Histogram",
+    "MinMax",
+    "Observer",
+    "RangeConfig",
+    "Request",
+    "Samples",
+    "SecondMoment",
+    "Statistics",
+    "search_range",
+]

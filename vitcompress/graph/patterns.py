@@ -1,0 +1,262 @@
+"""Structures recognised in a captured graph: attention, norm-linear groups, blocks.
+
+Recognition looks at operations, never at names. It is computed from the graph on each call, so it
+cannot go stale, and it sees through quantizers that are already in place.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from vitcompress.graph import ops
+from vitcompress.graph.captured import CapturedGraph
+from vitcompress.graph.edit import is_quantizer
+from vitcompress.graph.metadata import info, module_path
+from vitcompress.graph.ops import is_op
+
+__all__ = [
+    "Attention",
+    "Block",
+    "NormLinearGroup",
+    "attentions",
+    "blocks",
+    "norm_linear_groups",
+    "producer",
+]
+
+
+def producer(value: fx.Node) -> fx.Node:
+    """Return the node that made a value, seen through rearrangements and quantizers."""
+    while (is_op(value, ops.REARRANGE) or is_quantizer(value)) and value.all_input_nodes:
+        source = value.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        value = source
+    return value
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention core: a softmax between two products of activations.
+
+    Attributes:
+        scores: Product of query (argument 0) and key (argument 1).
+        softmax: The softmax node.
+        output: Product of probabilities and value.
+        probs_index: Which argument of ``output`` holds the probabilities.
+    """
+
+    scores: fx.Node
+    softmax: fx.Node
+    output: fx.Node
+    probs_index: int
+
+
+def attentions(captured: CapturedGraph) -> Iterator[Attention]:
+    """Yield the attention cores in graph order."""
+    for node in captured.graph.nodes:
+        if not is_op(node, ops.SOFTMAX):
+            continue
+        scores = _score_product(node.args[0])
+        reader = _probs_reader(node)
+        if scores is not None and reader is not None:
+            yield Attention(scores, node, reader[0], reader[1])
+
+
+def _score_product(value: object) -> fx.Node | None:
+    """Return the product behind a softmax, through scaling, masks and reshapes."""
+    seen = 0
+    while isinstance(value, fx.Node) and seen < 16:
+        if is_op(value, ops.MATMUL):
+            return value
+        if not is_op(value, ops.SCORE_PATH):
+            return None
+        value, seen = value.args[0], seen + 1
+    return None
+
+
+def _probs_reader(softmax: fx.Node) -> tuple[fx.Node, int] | None:
+    """Return the product that reads the probabilities, and at which argument."""
+    value = softmax
+    while True:
+        for user in value.users:
+            if is_op(user, ops.MATMUL):
+                return user, 0 if user.args[0] is value else 1
+        onward = [u for u in value.users if is_op(u, ops.REARRANGE) or is_quantizer(u)]
+        if len(onward) != 1:
+            return None
+        value = onward[0]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear that reads a norm, and what lies between.
+
+    Attributes:
+        linear: The linear node.
+        quantizer: Quantizer on its input edge, if one is attached.
+        pads: Zero paddings on the way.
+    """
+
+    linear: fx.Node
+    quantizer: fx.Node | None
+    pads: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class NormLinearGroup:
+    """A LayerNorm all of whose readers are linears that can absorb a per-channel map.
+
+    Attributes:
+        norm: The ``layer_norm`` node.
+        consumers: Every linear that reads it.
+    """
+
+    norm: fx.Node
+    consumers: tuple[Consumer, ...]
+
+
+def norm_linear_groups(
+    captured: CapturedGraph,
+) -> tuple[list[NormLinearGroup], list[tuple[fx.Node, str]]]:
+    """Return the groups, and each other norm with the reason why it is none.
+
+    A norm qualifies when every path from it ends in a linear, through operations that only move
+    tokens about: reshapes that keep the last axis, permutations that leave it last, rolls,
+    selections, zero padding. Its tensors must not serve anything else.
+    """
+    found, rejected = [], []
+    for norm in captured.graph.nodes:
+        if not is_op(norm, ops.LAYER_NORM):
+            continue
+        reason = _reason_against_norm(norm)
+        consumers: list[Consumer] = []
+        if reason is None:
+            reason = _follow(norm, None, (), consumers)
+        if reason is None:
+            found.append(NormLinearGroup(norm, tuple(consumers)))
+        else:
+            rejected.append((norm, reason))
+    return found, rejected
+
+
+def _reason_against_norm(norm: fx.Node) -> str | None:
+    if len(norm.args[1]) != 1:  # type: ignore[arg-type]
+        return f"normalises over {len(norm.args[1])} axes"  # type: ignore[arg-type]
+    for tensor in norm.args[2:4]:
+        if isinstance(tensor, fx.Node) and (tensor.op != "get_attr" or len(tensor.users) > 1):
+            return "its weight or bias serves another node"
+    return None
+
+
+def _follow(
+    value: fx.Node, quantizer: fx.Node | None, pads: tuple[fx.Node, ...], found: list[Consumer]
+) -> str | None:
+    """Collect the consumers of a value whose last axis holds the channels."""
+    if not value.users:
+        return "nothing reads it"
+    for user in value.users:
+        reason = None
+        if is_op(user, ops.LINEAR):
+            reason = _reason_against_linear(user, value)
+            found.append(Consumer(user, quantizer, pads))
+        elif is_quantizer(user):
+            reason = _follow(user, user, pads, found)
+        elif is_op(user, ops.PAD) and _pads_with_zero(user):
+            last_axis_padded = any(user.args[1][:2])  # type: ignore[index]
+            reason = "channels are padded" if last_axis_padded else None
+            reason = reason or _follow(user, quantizer, (*pads, user), found)
+        elif _keeps_channels(user, value):
+            reason = _follow(user, quantizer, pads, found)
+        else:
+            reason = f"read by {user.name}"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _reason_against_linear(linear: fx.Node, value: fx.Node) -> str | None:
+    if linear.args[0] is not value:
+        return f"{linear.name} uses it as a weight"
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node)
+    stored = weight.args[0] if is_quantizer(weight) else weight
+    if not isinstance(stored, fx.Node) or stored.op != "get_attr":
+        return f"the weight of {linear.name} is computed"
+    if len(stored.users) > 1 or len(weight.users) > 1:
+        return f"the weight of {linear.name} is shared"
+    return None
+
+
+def _pads_with_zero(pad: fx.Node) -> bool:
+    mode = pad.args[2] if len(pad.args) > 2 else "constant"
+    filler = pad.args[3] if len(pad.args) > 3 else 0.0
+    if isinstance(mode, (int, float)):  # constant_pad_nd(x, pad, value)
+        mode, filler = "constant", mode
+    return mode == "constant" and not filler
+
+
+def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
+    """Return whether an operation leaves the last axis whole, last and in order."""
+    if "info" not in node.meta:
+        return False
+    rank, channels = len(info(source).shape), info(source).shape[-1]
+    if is_op(node, ops.RESHAPE):
+        # Row-major order: an unchanged last extent means an unchanged last axis.
+        return info(node).shape[-1] == channels
+    if is_op(node, ops.PERMUTE):
+        return node.args[1][-1] % rank == rank - 1  # type: ignore[index,operator]
+    if is_op(node, ops.TRANSPOSE):
+        return all(axis % rank != rank - 1 for axis in node.args[1:])  # type: ignore[operator]
+    if is_op(node, ops.ROLL):
+        return all(axis % rank != rank - 1 for axis in node.args[2])  # type: ignore[union-attr]
+    if is_op(node, ops.PICK, ops.SELECT):
+        axis = node.args[1] if len(node.args) > 1 else 0
+        return axis % rank != rank - 1  # type: ignore[operator]
+    return False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A repeated unit of the network, such as ``blocks.3``.
+
+    Attributes:
+        path: Module path shared by its nodes.
+        nodes: Its nodes in graph order.
+    """
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+
+def blocks(captured: CapturedGraph) -> list[Block]:
+    """Return the innermost numbered modules that hold an attention core or several linears."""
+    weights: dict[str, int] = {}
+    cores = {attention.output for attention in attentions(captured)}
+    for node in captured.graph.nodes:
+        weight = 2 if node in cores else int(is_op(node, ops.LINEAR, ops.CONV))
+        for prefix in _numbered_prefixes(module_path(node).path) if weight else []:
+            weights[prefix] = weights.get(prefix, 0) + weight
+    candidates = [path for path, weight in weights.items() if weight >= 2]
+    inner = [p for p in candidates if not any(q.startswith(p + ".") for q in candidates)]
+    return [
+        Block(path, tuple(n for n in captured.graph.nodes if _belongs(n, path)))
+        for path in inner
+    ]
+
+
+def _numbered_prefixes(path: str) -> list[str]:
+    """Return proper prefixes whose last part ends in a digit: ``blocks.3`` of ``blocks.3.attn``."""
+    parts = path.split(".")
+    return [
+        ".".join(parts[:length])
+        for length in range(1, len(parts))
+        if re.search(r"\d$", parts[length - 1])
+    ]
+
+
+def _belongs(node: fx.Node, path: str) -> bool:
+    own = module_path(node).path
+    return own == path or own.startswith(path + ".")

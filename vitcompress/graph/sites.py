@@ -1,0 +1,170 @@
+"""Where a graph can be quantized: the edges into linears, convolutions and products."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import fx
+
+from vitcompress.graph import ops
+from vitcompress.graph.captured import CapturedGraph
+from vitcompress.graph.edit import is_quantizer
+from vitcompress.graph.metadata import info, module_path
+from vitcompress.graph.ops import is_op
+from vitcompress.graph.patterns import attentions, producer
+
+__all__ = ["QuantizationSite", "Role", "enumerate_sites"]
+
+
+class Role(StrEnum):
+    """What a quantized tensor is in the network."""
+
+    WEIGHT = "weight"
+    PATCH_INPUT = "patch_input"
+    NORM_OUTPUT = "norm_output"
+    QUERY = "query"
+    KEY = "key"
+    PROBS = "probs"
+    VALUE = "value"
+    PROJ_INPUT = "proj_input"
+    ACT_OUTPUT = "act_output"
+    HEAD_INPUT = "head_input"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class QuantizationSite:
+    """One edge of the graph: a value and the operation that reads it.
+
+    Attributes:
+        name: Module path and port, e.g. ``blocks.3.attn:probs``; stable across captures.
+        role: What the tensor is.
+        reader: Node that reads it.
+        index: Which argument of the reader it is.
+        shape: Its extents; ``None`` where they depend on the batch.
+        channel_axis: Axis of channels: output rows of a weight, features of an activation.
+    """
+
+    name: str
+    role: Role
+    reader: fx.Node
+    index: int
+    shape: tuple[int | None, ...]
+    channel_axis: int
+
+    @property
+    def value(self) -> fx.Node:
+        """The tensor that is quantized, in front of the quantizer if there is one."""
+        source = self.reader.args[self.index]
+        assert isinstance(source, fx.Node)
+        if is_quantizer(source):
+            source = source.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+    @property
+    def quantizer(self) -> str | None:
+        """Target of the quantizer on this edge, or ``None``."""
+        source = self.reader.args[self.index]
+        return str(source.target) if is_quantizer(source) else None  # type: ignore[union-attr]
+
+    @property
+    def module(self) -> str:
+        """Path of the module that reads the tensor, e.g. ``blocks.3.attn``."""
+        return self.name.partition(":")[0]
+
+    @property
+    def operation(self) -> str:
+        """Short name of the reader: ``linear``, ``conv2d``, ``matmul``."""
+        return str(self.reader.target).split(".")[1]
+
+
+def enumerate_sites(captured: CapturedGraph) -> dict[str, QuantizationSite]:
+    """Return every site by name, in graph order.
+
+    Values computed without an image (constants) are no activation sites. Names come from module
+    paths and ports, and an ordinal where one module has several.
+    """
+    products: dict[tuple[fx.Node, int], Role] = {}
+    cores: set[fx.Node] = set()
+    for attention in attentions(captured):
+        products[attention.scores, 0] = Role.QUERY
+        products[attention.scores, 1] = Role.KEY
+        products[attention.output, attention.probs_index] = Role.PROBS
+        products[attention.output, 1 - attention.probs_index] = Role.VALUE
+        cores.add(attention.output)
+    heads = _heads(captured)
+    sites: dict[str, QuantizationSite] = {}
+    for node in captured.graph.nodes:
+        if is_op(node, ops.LINEAR, ops.CONV):
+            role = _input_role(node, cores, heads)
+            axis = 1 if is_op(node, ops.CONV) else -1
+            _add(sites, node, 0, role, "input", axis)
+            if _is_stored(node.args[1]):
+                _add(sites, node, 1, Role.WEIGHT, "weight", 0)
+        elif is_op(node, ops.MATMUL):
+            for index, port in enumerate(("left", "right")):
+                if not _is_stored(node.args[index]):
+                    found = products.get((node, index), Role.OTHER)
+                    name = port if found is Role.OTHER else str(found)
+                    _add(sites, node, index, found, name, -1)
+    return sites
+
+
+def _add(
+    sites: dict[str, QuantizationSite],
+    reader: fx.Node,
+    index: int,
+    role: Role,
+    port: str,
+    axis: int,
+) -> None:
+    stem = f"{module_path(reader).path}:{port}"
+    name, ordinal = stem, 0
+    while name in sites:
+        ordinal += 1
+        name = f"{stem}.{ordinal}"
+    source = reader.args[index]
+    assert isinstance(source, fx.Node)
+    shape = tuple(e if isinstance(e, int) else None for e in info(source).shape)
+    sites[name] = QuantizationSite(name, role, reader, index, shape, axis)
+
+
+def _is_stored(argument: object) -> bool:
+    """Return whether an argument is a stored tensor, quantized or not."""
+    if is_quantizer(argument):
+        argument = argument.args[0]  # type: ignore[attr-defined]
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _input_role(reader: fx.Node, cores: set[fx.Node], heads: set[fx.Node]) -> Role:
+    if reader in heads:
+        return Role.HEAD_INPUT
+    argument = reader.args[0]
+    assert isinstance(argument, fx.Node)
+    source = producer(argument)
+    if source.op == "placeholder":
+        return Role.PATCH_INPUT
+    if is_op(source, ops.LAYER_NORM):
+        return Role.NORM_OUTPUT
+    if is_op(source, ops.ACTIVATION):
+        return Role.ACT_OUTPUT
+    if source in cores:
+        return Role.PROJ_INPUT
+    return Role.OTHER
+
+
+def _heads(captured: CapturedGraph) -> set[fx.Node]:
+    """Return linears whose result reaches the output without another linear or product."""
+    heads: set[fx.Node] = set()
+    pending = list(captured.output_node.all_input_nodes)
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_op(node, ops.LINEAR):
+            heads.add(node)
+        elif not is_op(node, ops.CONV, ops.MATMUL, ops.LAYER_NORM):
+            pending.extend(node.all_input_nodes)
+    return heads

@@ -1,0 +1,1 @@
+"""Pure tensor maths: no graph, no modules, no state."""

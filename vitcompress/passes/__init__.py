@@ -1,0 +1,20 @@
+"""The passes: one method, one file, one line here."""
+
+from vitcompress.passes.attach import Attach
+from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
+from vitcompress.passes.calibrate import Calibrate
+from vitcompress.passes.freeze import Freeze
+from vitcompress.passes.repq_vit import RepqVit
+
+__all__ = [
+    "PASSES",
+    "Attach",
+    "Calibrate",
+    "Fact",
+    "Freeze",
+    "Pass",
+    "PassContext",
+    "PassReport",
+    "RepqVit",
+    "register",
+]

@@ -1,0 +1,141 @@
+"""The contract of a pass: declare statistics, apply, report; and the facts that order passes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import fx, Tensor
+
+from vitcompress.calibration import CalibrationSource, Request, Statistics
+from vitcompress.graph import CapturedGraph
+from vitcompress.quantizers import Quantizer
+
+__all__ = [
+    "PASSES",
+    "Engine",
+    "Fact",
+    "Pass",
+    "PassContext",
+    "PassReport",
+    "holds",
+    "quantizers_of",
+    "register",
+]
+
+
+class Fact(StrEnum):
+    """Predicates that are checked on the graph itself."""
+
+    ATTACHED = "attached"
+    CALIBRATED = "calibrated"
+    FINAL = "final"
+
+
+def quantizers_of(graph: CapturedGraph) -> dict[str, Quantizer]:
+    """Return the quantizers of a graph by target, in graph order."""
+    return {t: q for t, q in graph.quantizers().items() if isinstance(q, Quantizer)}
+
+
+def holds(fact: Fact, graph: CapturedGraph) -> bool:
+    """Return whether a fact is true of a graph."""
+    found = quantizers_of(graph)
+    if fact is Fact.ATTACHED:
+        return bool(found)
+    if fact is Fact.CALIBRATED:
+        return bool(found) and all(q.calibrated for q in found.values())
+    # Every weight is stored as codes; activations are quantized as they come.
+    stored = [
+        found[str(node.target)]
+        for node in graph.nodes_of_kind("call_module")
+        if str(node.target) in found and node.all_input_nodes[0].op == "get_attr"
+    ]
+    return bool(found) and all(q.frozen for q in stored)
+
+
+class Engine(Protocol):
+    """The only roads from a pass to the data."""
+
+    def collect(
+        self, graph: CapturedGraph, requests: Sequence[Request], source: CalibrationSource
+    ) -> Statistics:
+        """Run the source once through the graph, quantizers off, and return what was asked."""
+
+    def walk(
+        self,
+        graph: CapturedGraph,
+        source: CalibrationSource,
+        visit: Callable[[fx.Node, list[Tensor]], None],
+    ) -> None:
+        """Run the source once through the graph in step; see ``calibration.interpreter``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassContext:
+    """What a pass is given besides the graph.
+
+    Attributes:
+        statistics: Answers to the pass's requests.
+        source: Calibration images.
+        reference: The float model, as captured.
+        engine: Runs data through graphs.
+        generator: Seeded; the only source of randomness.
+    """
+
+    statistics: Statistics
+    source: CalibrationSource
+    reference: CapturedGraph
+    engine: Engine
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What a pass did.
+
+    Attributes:
+        changed: How many places it changed.
+        found: How many it looked at.
+        skipped: Places left alone, with the reason.
+        warnings: What the user should know.
+        details: Figures of the pass's own, JSON types.
+    """
+
+    changed: int
+    found: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """One method. Facts are checked before and after; claims are verified by the engine."""
+
+    name: ClassVar[str]
+    config_type: ClassVar[type]
+    requires: ClassVar[frozenset[Fact]]
+    forbids: ClassVar[frozenset[Fact]]
+    provides: ClassVar[frozenset[Fact]]
+    preserves_function: ClassVar[bool]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
+        """Return what the pass needs to know about the data; empty for data-free passes."""
+
+    def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
+        """Edit the graph in place and return what was done."""
+
+
+_PassType = TypeVar("_PassType", bound=type[Pass])
+
+#: Registered passes by name.
+PASSES: dict[str, type[Pass]] = {}
+
+
+def register(cls: _PassType) -> _PassType:
+    """Class decorator: make a pass known under its name."""
+    PASSES[cls.name] = cls
+    return cls

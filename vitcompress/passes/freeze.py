@@ -1,0 +1,61 @@
+"""Freeze weights: replace each quantized weight by its integer codes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vitcompress.calibration import Request
+from vitcompress.errors import PassError
+from vitcompress.graph import CapturedGraph
+from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
+
+__all__ = ["Freeze", "FreezeConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+    """Freeze has no settings."""
+
+
+@register
+class Freeze:
+    """Store weights as codes; the graph then reads them through ``dequantize``."""
+
+    name: ClassVar[str] = "freeze"
+    config_type: ClassVar[type] = FreezeConfig
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
+    preserves_function: ClassVar[bool] = True
+
+    def __init__(self, config: FreezeConfig) -> None:
+        self.config = config
+
+    def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
+        return []
+
+    def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
+        quantizers = quantizers_of(graph)
+        frozen: set[str] = set()
+        warnings: list[str] = []
+        for node in graph.nodes_of_kind("call_module"):
+            target = str(node.target)
+            weight = node.all_input_nodes[0]
+            if target not in quantizers or weight.op != "get_attr":
+                continue
+            name, quantizer = str(weight.target), quantizers[target]
+            if name in frozen:
+                raise PassError(f"{name}: two quantizers of different settings read this weight")
+            codes = quantizer.quantize(graph.parameter(name))
+            if codes.dtype not in (torch.int8, torch.uint8):
+                raise PassError(f"{quantizer.site}: weights must be strict; set strict: true")
+            graph.set_parameter(name, codes)
+            quantizer.frozen = True
+            frozen.add(name)
+        for quantizer in quantizers.values():
+            defect = quantizer.defect()
+            if defect is not None:
+                warnings.append(f"{quantizer.site}: not strictly {quantizer.spec.bits} bits: {defect}")
+        return PassReport(changed=len(frozen), found=len(frozen), warnings=tuple(warnings))

@@ -116,7 +116,7 @@ class Attach:
     config_type: ClassVar[type] = AttachConfig
     requires: ClassVar[frozenset[Fact]] = frozenset()
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.ATTACHED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.ATTACHED})
+    provides: frozenset[Fact] = frozenset({Fact.ATTACHED})
     preserves_function: ClassVar[bool] = True
 
     def __init__(self, config: AttachConfig) -> None:

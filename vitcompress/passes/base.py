@@ -117,7 +117,7 @@ class Pass(Protocol):
     config_type: ClassVar[type]
     requires: ClassVar[frozenset[Fact]]
     forbids: ClassVar[frozenset[Fact]]
-    provides: ClassVar[frozenset[Fact]]
+    provides: frozenset[Fact]  # an instance may claim less than its class, by its settings
     preserves_function: ClassVar[bool]
 
     def __init__(self, config: Any) -> None: ...

@@ -60,11 +60,13 @@ class Calibrate:
     config_type: ClassVar[type] = CalibrateConfig
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ATTACHED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    provides: frozenset[Fact] = frozenset({Fact.CALIBRATED})
     preserves_function: ClassVar[bool] = True
 
     def __init__(self, config: CalibrateConfig) -> None:
         self.config = config
+        if config.roles is not None:
+            self.provides = frozenset()  # some quantizers may be left
 
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
         if self.config.sequential:

@@ -27,7 +27,7 @@ class Freeze:
     config_type: ClassVar[type] = FreezeConfig
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
+    provides: frozenset[Fact] = frozenset({Fact.FINAL})
     preserves_function: ClassVar[bool] = True
 
     def __init__(self, config: FreezeConfig) -> None:

@@ -129,7 +129,7 @@ class RepqVit:
     config_type: ClassVar[type] = RepqVitConfig
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FINAL})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    provides: frozenset[Fact] = frozenset({Fact.CALIBRATED})
     preserves_function: ClassVar[bool] = True
 
     def __init__(self, config: RepqVitConfig) -> None:

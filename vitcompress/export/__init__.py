@@ -1,0 +1,1 @@
+"""Writing compressed models for runtimes."""

@@ -1,0 +1,106 @@
+"""Export a compressed graph to an ONNX file that is checked before anyone sees it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from vitcompress.errors import ExportError
+from vitcompress.export.onnx.lowerings import Lowering, unsupported_sites
+from vitcompress.export.onnx.program import marked_model
+from vitcompress.export.onnx.targets import Target, find_target
+from vitcompress.export.onnx.verify import Verification, verify
+from vitcompress.graph import CapturedGraph
+from vitcompress.quantizers import Affine, Quantizer
+
+__all__ = ["METADATA_KEY", "ExportResult", "export_onnx"]
+
+#: Key of the JSON that a file carries about itself.
+METADATA_KEY = "vitcompress"
+#: First opset with INT2 tensors.
+INT2_OPSET = 25
+#: Below this cosine a file is not the model it was exported from.
+LEAST_COSINE = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """An exported file.
+
+    Attributes:
+        target: Name of the target.
+        opset: ONNX opset.
+        size_bytes: Size of the file.
+        verification: What onnxruntime made of it.
+    """
+
+    target: str
+    opset: int
+    size_bytes: int
+    verification: Verification
+
+
+def export_onnx(
+    captured: CapturedGraph,
+    path: Path,
+    images: Tensor,
+    *,
+    target: str = "ort-cpu",
+    metadata: Mapping[str, Any] | None = None,
+) -> ExportResult:
+    """Write an ONNX file for a target and verify it in onnxruntime.
+
+    Args:
+        captured: A finished graph (weights frozen).
+        path: File to write; the caller moves it into place.
+        images: A few preprocessed images for the comparison, ``[N, C, H, W]``.
+        target: ``ort-cpu`` or ``generic``.
+        metadata: JSON types, stored in the file.
+
+    Raises:
+        ConfigError: The target is unknown.
+        ExportError: A site cannot be written (all are listed), or the file fails verification.
+    """
+    spelling = find_target(target)
+    quantizers = {t: q for t, q in captured.quantizers().items() if isinstance(q, Quantizer)}
+    refused = unsupported_sites(quantizers)
+    if refused:
+        listed = "; ".join(f"{site}: {reason}" for site, reason in list(refused.items())[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise ExportError(f"{len(refused)} sites cannot be written to ONNX: {listed}{more}")
+    opset = _opset(spelling, quantizers)
+    model = marked_model(captured, opset=opset)
+    lowering = Lowering(model, quantizers, spelling)
+    lowering.run()
+    model.producer_name = "vitcompress"
+    model.metadata_props[METADATA_KEY] = json.dumps(dict(metadata or {}), sort_keys=True)
+    ir.save(model, path)
+    verification = verify(
+        path,
+        captured,
+        images,
+        linears=[*lowering.gemms, *lowering.not_gemm],
+        reasons=lowering.not_gemm,
+    )
+    if not verification.cosine >= LEAST_COSINE:
+        raise ExportError(
+            f"{path.name}: outputs differ from the model's: cosine {verification.cosine:.4f}, "
+            f"expected at least {LEAST_COSINE}"
+        )
+    return ExportResult(
+        target=target,
+        opset=opset,
+        size_bytes=path.stat().st_size,
+        verification=verification,
+    )
+
+
+def _opset(target: Target, quantizers: Mapping[str, Quantizer]) -> int:
+    stores_int2 = any(
+        isinstance(q, Affine) and q.frozen and q.spec.bits == 2 for q in quantizers.values()
+    )
+    return INT2_OPSET if stores_int2 and target.low_bit_weights == "cast" else target.opset

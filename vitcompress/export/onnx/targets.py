@@ -1,0 +1,64 @@
+"""Targets as data: what a runtime wants to see. No class per target."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitcompress.errors import ConfigError
+
+__all__ = ["TARGETS", "Target", "find_target"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """How a graph is spelled.
+
+    Attributes:
+        name: Name on the command line.
+        opset: ONNX opset of the file, unless 2-bit storage needs a later one.
+        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing, which
+            runtimes fold when they load and then run as INT8; ``direct`` dequantizes the stored
+            type itself.
+        linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
+            onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
+        integer_linears: Whether every quantized linear must run as integers in onnxruntime.
+        description: One line for people.
+    """
+
+    name: str
+    opset: int = 21
+    low_bit_weights: Literal["cast", "direct"]
+    linear: Literal["gemm", "matmul"]
+    integer_linears: bool
+    description: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="ort-cpu",
+            low_bit_weights="cast",
+            linear="gemm",
+            integer_linears=True,
+            description="onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8",
+        ),
+        Target(
+            name="generic",
+            low_bit_weights="direct",
+            linear="matmul",
+            integer_linears=False,
+            description="plain QDQ of standard operators, INT4 weights dequantized directly",
+        ),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """Return the target called ``name``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in TARGETS:
+        raise ConfigError(f"target: expected one of {sorted(TARGETS)}, got '{name}'")
+    return TARGETS[name]

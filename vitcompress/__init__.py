@@ -1,3 +1,41 @@
-"""Compression of vision transformers after training."""
+"""Compression of vision transformers after training.
 
-__all__: list[str] = []
+    import vitcompress, calib
+
+    q = vitcompress.quantize(model, bits=8, source=calib.open_source("images/", samples=32))
+    q.save("out/")
+    q.export_onnx("model.onnx")
+"""
+
+from vitcompress.api import CompressedModel, export_onnx, load, quantize
+from vitcompress.errors import (
+    ArtifactError,
+    ConfigError,
+    ExportError,
+    InputError,
+    PassError,
+    UnsupportedModelError,
+    VitcompressError,
+)
+from vitcompress.evaluate import evaluate
+from vitcompress.graph import capture
+from vitcompress.models import load_model
+from vitcompress.recipe import Recipe
+
+__all__ = [
+    "ArtifactError",
+    "CompressedModel",
+    "ConfigError",
+    "ExportError",
+    "InputError",
+    "PassError",
+    "Recipe",
+    "UnsupportedModelError",
+    "VitcompressError",
+    "capture",
+    "evaluate",
+    "export_onnx",
+    "load",
+    "load_model",
+    "quantize",
+]

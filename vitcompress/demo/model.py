@@ -6,6 +6,8 @@ Deviation: no dropout, and the head is the single linear layer the paper uses fo
 the demo is there to be compressed, and either would only be in its way.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,10 +92,18 @@ class DigitsViT(nn.Module):
         num_classes: Number of logits.
     """
 
+    pretrained_cfg: ClassVar[dict[str, object]] = {
+        "input_size": (1, IMAGE_SIZE, IMAGE_SIZE),
+        "crop_pct": 1.0,
+        "mean": (0.5,),
+        "std": (0.5,),
+    }
+
     def __init__(
         self, dim: int = 96, depth: int = 6, heads: int = 3, num_classes: int = 10
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         patches = (IMAGE_SIZE // PATCH_SIZE) ** 2
         self.patch_embed = PatchEmbed(dim)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))

@@ -9,6 +9,7 @@ import torch
 from vitcompress.calibration import Request
 from vitcompress.errors import PassError
 from vitcompress.graph import CapturedGraph
+from vitcompress.numerics.metrics import sqnr_db
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
 
 __all__ = ["Freeze", "FreezeConfig"]
@@ -40,6 +41,7 @@ class Freeze:
         quantizers = quantizers_of(graph)
         frozen: set[str] = set()
         warnings: list[str] = []
+        signal_to_noise: dict[str, float] = {}
         for node in graph.nodes_of_kind("call_module"):
             target = str(node.target)
             weight = node.all_input_nodes[0]
@@ -48,9 +50,15 @@ class Freeze:
             name, quantizer = str(weight.target), quantizers[target]
             if name in frozen:
                 raise PassError(f"{name}: two quantizers of different settings read this weight")
-            codes = quantizer.quantize(graph.parameter(name))
+            values = graph.parameter(name)
+            codes = quantizer.quantize(values)
             if codes.dtype not in (torch.int8, torch.uint8):
                 raise PassError(f"{quantizer.site}: weights must be strict; set strict: true")
+            noise = quantizer.dequantize(codes) - values
+            signal_to_noise[quantizer.site] = sqnr_db(
+                float(values.square().sum(dtype=torch.float64)),
+                float(noise.square().sum(dtype=torch.float64)),
+            )
             graph.set_parameter(name, codes)
             quantizer.frozen = True
             frozen.add(name)
@@ -58,4 +66,9 @@ class Freeze:
             defect = quantizer.defect()
             if defect is not None:
                 warnings.append(f"{quantizer.site}: not strictly {quantizer.spec.bits} bits: {defect}")
-        return PassReport(changed=len(frozen), found=len(frozen), warnings=tuple(warnings))
+        return PassReport(
+            changed=len(frozen),
+            found=len(frozen),
+            warnings=tuple(warnings),
+            details={"weight_sqnr_db": signal_to_noise},
+        )

@@ -1,0 +1,307 @@
+"""The Python door: quantize, load, evaluate, save, export."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import calib
+from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_file
+
+from vitcompress.calibration import CalibrationSource
+from vitcompress.engine import run_recipe
+from vitcompress.engine.memory import PeakMemory
+from vitcompress.errors import ArtifactError, ConfigError
+from vitcompress.evaluate import evaluate
+from vitcompress.export.onnx import ExportResult
+from vitcompress.export.onnx import export_onnx as write_onnx
+from vitcompress.graph import CapturedGraph, OutputDict, capture
+from vitcompress.measure import measure_activations
+from vitcompress.models import LoadedModel
+from vitcompress.models.preprocessing import from_attributes
+from vitcompress.recipe import Recipe, Scheme, default_recipe, load_recipe
+from vitcompress.report import (
+    CompressionReport,
+    ExportEntry,
+    ProtocolEntry,
+    StageEntry,
+    pass_entry,
+    site_entries,
+    size_of,
+)
+
+__all__ = [
+    "CompressedModel",
+    "capture_model",
+    "export_onnx",
+    "load",
+    "quantize",
+    "resolve_recipe",
+]
+
+#: Calibration images where the caller names no source.
+DEFAULT_SAMPLES = 32
+#: Images on which an exported file is compared with its model.
+VERIFY_IMAGES = 16
+
+
+class CompressedModel:
+    """A compressed model: callable, savable, exportable.
+
+    Attributes:
+        graph: The graph, weights stored as codes.
+        recipe: What made it, every default written out.
+        report: Figures and protocol.
+        preprocessing: How images become its input; ``None`` if the caller prepares them.
+    """
+
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        recipe: Recipe,
+        report: CompressionReport,
+        preprocessing: calib.Preprocessing | None,
+    ) -> None:
+        self.graph = graph
+        self.recipe = recipe
+        self.report = report
+        self.preprocessing = preprocessing
+
+    def __call__(self, images: Tensor) -> Tensor | OutputDict:
+        """Return the output for ``[B, C, H, W]`` images: a tensor, or named tensors."""
+        return self.graph(images)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the artefact directory, whole or not at all.
+
+        Raises:
+            ConfigError: The destination is taken or cannot be written.
+        """
+        settings = {
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict()
+        }
+        documents = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
+        stored = StoredModel(self.graph, settings, documents)
+        write_artifact(Path(path), stored, overwrite=overwrite)
+
+    def export_onnx(
+        self,
+        path: str | Path,
+        *,
+        target: str = "ort-cpu",
+        images: Tensor | None = None,
+        overwrite: bool = True,
+    ) -> ExportResult:
+        """Write and verify an ONNX file; nothing is left behind if verification fails.
+
+        Args:
+            path: File to write.
+            target: ``ort-cpu`` or ``generic``.
+            images: Preprocessed images for the comparison; rendered ones by default.
+            overwrite: Replace an existing file.
+
+        Raises:
+            ConfigError: The target is unknown, or the file cannot be written.
+            ExportError: The model cannot be written for the target, or the file is wrong.
+        """
+        results: list[ExportResult] = []
+        if images is None:
+            images = self._verification_images()
+        metadata = {
+            "model": self.graph.provenance.model,
+            "recipe": self.recipe.label,
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+        }
+
+        def write(draft: Path) -> None:
+            results.append(
+                write_onnx(self.graph, draft, images, target=target, metadata=metadata)
+            )
+
+        write_file(Path(path), write, overwrite=overwrite)
+        entry = ExportEntry.of(results[0])
+        self.report = self.report.model_copy(update={"exports": (*self.report.exports, entry)})
+        return results[0]
+
+    def _verification_images(self) -> Tensor:
+        if self.preprocessing is None:
+            return self.graph.example(VERIFY_IMAGES)
+        source = calib.open_source(
+            "synthetic", samples=VERIFY_IMAGES, preprocessing=self.preprocessing
+        )
+        return torch.cat([batch.images for batch in source])
+
+
+def quantize(
+    model: nn.Module | LoadedModel,
+    *,
+    bits: int | None = None,
+    scheme: str | Scheme | None = None,
+    recipe: str | Path | Recipe | None = None,
+    source: calib.Source | CalibrationSource | None = None,
+    overrides: Sequence[str] = (),
+    model_id: str = "",
+) -> CompressedModel:
+    """Return a quantized copy of a model, with a report.
+
+    Args:
+        model: Any module from images to logits; left as it was.
+        bits: Weight bits; activations take 8, which is what runtimes execute.
+        scheme: Both widths, e.g. ``W4A4``; instead of ``bits``.
+        recipe: Name, file or object; the default of the scheme if not given.
+        source: Calibration images; 32 rendered ones if not given.
+        overrides: Recipe settings such as ``passes.1.method=minmax``.
+        model_id: What to call the model in files.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        InputError: The model's weights are not finite.
+        UnsupportedModelError: The model cannot be captured.
+        PassError: A pass failed on this model.
+    """
+    chosen = resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=overrides)
+    stages: list[StageEntry] = []
+    module = model.module if isinstance(model, LoadedModel) else model
+    name = model_id or (model.name if isinstance(model, LoadedModel) else "")
+    source = _bound_source(model, source)
+    with _stage("read images", stages):
+        source_digest, first = source.digest(), next(iter(source)).images
+    with _stage("capture", stages):
+        reference = capture(module, first[:2], model_id=name)
+    with _stage("compress", stages):
+        graph, records = run_recipe(chosen, reference, source)
+    with _stage("measure", stages):
+        measurements = measure_activations(graph, source)
+    with _stage("compare", stages):
+        entry = evaluate(graph.logits, source, reference=reference.logits)
+    weights: dict[str, float] = {}
+    for record in records:
+        weights.update(record.report.details.get("weight_sqnr_db", {}))
+    preprocessing = getattr(source, "preprocessing", None)
+    float_bytes = sum(t.numel() * t.element_size() for t in reference.tensors().values())
+    report = CompressionReport(
+        model=graph.provenance.model,
+        recipe=chosen.label,
+        scheme=str(chosen.scheme),
+        protocol=ProtocolEntry(
+            source=_describe(source),
+            sample_ids=tuple(getattr(source, "sample_ids", ())),
+            source_digest=source_digest,
+            preprocessing=None if preprocessing is None else preprocessing.to_dict(),
+            seed=chosen.seed,
+            versions=graph.provenance.versions,
+        ),
+        passes=tuple(pass_entry(record) for record in records),
+        stages=tuple(stages),
+        sites=site_entries(graph, measurements, weights),
+        size=size_of(graph, float_bytes),
+        evaluations=(entry.model_copy(update={"data": f"calibration: {entry.data}"}),),
+    )
+    return CompressedModel(graph, chosen, report, preprocessing)
+
+
+def load(path: str | Path) -> CompressedModel:
+    """Return the model saved in an artefact directory. Nothing in it is executed.
+
+    Raises:
+        ArtifactError: It is incomplete, damaged or of an unknown version.
+    """
+    folder = Path(path)
+    stored = read_artifact(folder)
+    try:
+        recipe = Recipe.from_dict(
+            yaml.safe_load(stored.documents["recipe.yaml"]), where=str(folder / "recipe.yaml")
+        )
+        report = CompressionReport.from_json(
+            stored.documents["report.json"], str(folder / "report.json")
+        )
+        fields = stored.settings["preprocessing"]
+        preprocessing = None if fields is None else calib.Preprocessing.from_dict(fields)
+    except KeyError as error:
+        raise ArtifactError(f"{folder}: lacks {error}; it was not written by this library") from error
+    except (ConfigError, calib.SourceError, yaml.YAMLError) as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    return CompressedModel(stored.graph, recipe, report, preprocessing)
+
+
+def export_onnx(
+    model: CompressedModel, path: str | Path, *, target: str = "ort-cpu"
+) -> ExportResult:
+    """Write and verify an ONNX file; see :meth:`CompressedModel.export_onnx`."""
+    return model.export_onnx(path, target=target)
+
+
+def capture_model(model: nn.Module | LoadedModel) -> CapturedGraph:
+    """Return the float graph of a model whose input size is known from its preprocessing."""
+    module = model.module if isinstance(model, LoadedModel) else model
+    prepared = (
+        model.preprocessing
+        if isinstance(model, LoadedModel)
+        else from_attributes(type(module).__name__, module, None)
+    )
+    images = torch.zeros(2, len(prepared.mean), *prepared.size)
+    return capture(module, images, model_id=model.name if isinstance(model, LoadedModel) else "")
+
+
+def resolve_recipe(
+    *,
+    bits: int | None = None,
+    scheme: str | Scheme | None = None,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """Return the recipe that these settings mean.
+
+    Raises:
+        ConfigError: They contradict each other, or one is wrong.
+    """
+    if bits is not None and scheme is not None:
+        raise ConfigError(f"give bits or scheme, not both; got {bits} and {scheme}")
+    chosen = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if bits is not None:
+        chosen = Scheme(bits, 8)
+    if isinstance(recipe, Recipe):
+        if chosen is not None or overrides:
+            raise ConfigError("a Recipe object is complete; leave out bits, scheme and overrides")
+        return recipe
+    if recipe is None:
+        chosen = chosen or Scheme(8, 8)
+        recipe = default_recipe(chosen)
+    return load_recipe(recipe, scheme=chosen, overrides=overrides)
+
+
+def _bound_source(
+    model: nn.Module | LoadedModel, source: calib.Source | CalibrationSource | None
+) -> Any:
+    """Return the source with the model's preprocessing where it has none of its own."""
+    if source is None:
+        source = calib.open_source("synthetic", samples=DEFAULT_SAMPLES)
+    if not isinstance(source, calib.Source) or source.preprocessing is not None:
+        return source
+    if isinstance(model, LoadedModel):
+        return source.with_preprocessing(model.preprocessing)
+    return source.with_preprocessing(from_attributes(type(model).__name__, model, None))
+
+
+def _describe(source: Any) -> str:
+    describe = getattr(source, "describe", None)
+    return str(describe()) if callable(describe) else type(source).__name__
+
+
+@contextmanager
+def _stage(name: str, stages: list[StageEntry]) -> Iterator[None]:
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        yield
+    stages.append(
+        StageEntry(
+            name=name,
+            seconds=round(time.perf_counter() - started, 3),
+            peak_memory_bytes=memory.peak_bytes,
+        )
+    )

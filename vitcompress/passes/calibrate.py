@@ -65,6 +65,9 @@ class Calibrate:
 
     def __init__(self, config: CalibrateConfig) -> None:
         self.config = config
+        if config.roles is not None:
+            # Other roles may still be waiting: a later calibrate without roles completes them.
+            self.provides = frozenset()  # type: ignore[misc]
 
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
         if self.config.sequential:

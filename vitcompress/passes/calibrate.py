@@ -144,7 +144,8 @@ class Calibrate:
         def visit(node: fx.Node, values: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
-                stacked = torch.cat(values) if len(values) > 1 else values[0]
+                axis, _ = _rows_of_an_image(site)
+                stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
                 self._set(graph, site, quantizer, stacked, None, context.generator)
 
         context.engine.walk(graph, context.source, visit)

@@ -107,6 +107,9 @@ class Recipe:
             raise ConfigError(f"{where}: schema {fields['schema']!r} is unknown; expected {SCHEMA}")
         if not isinstance(fields["passes"], list) or not fields["passes"]:
             raise ConfigError(f"{where}: passes: expected a list of at least one pass")
+        seed = fields.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ConfigError(f"{where}: seed: expected a whole number from 0, got {seed!r}")
         chosen = scheme or Scheme.parse(str(fields["scheme"]))
         passes = tuple(
             _make_pass(entry, chosen, f"{where}: passes[{index}]")
@@ -116,7 +119,7 @@ class Recipe:
         return cls(
             name=str(fields["name"]),
             scheme=chosen,
-            seed=int(fields.get("seed", 0)),
+            seed=seed,
             passes=passes,
             description=str(fields.get("description", "")),
         )

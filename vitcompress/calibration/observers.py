@@ -121,35 +121,41 @@ class Histogram(Observer):
         centres = bits.to(torch.int32).view(torch.float32)
         order = torch.argsort(centres)
         low, high = self.extrema.result()
-        return centres[order].clamp(low, high), self.counts[hit][order]
+        values = centres[order].clamp(low, high)
+        values[0], values[-1] = low, high
+        return values, self.counts[hit][order]
 
 
 class Samples(Observer):
-    """The values of a few images, chosen by hash so that order and batching do not matter.
+    """The values of a few images, chosen by a hash of their position so that batching is free.
 
     Args:
         limit: Most images kept.
         seed: Decides which.
+        axis: Axis of the images.
+        first: Position of the first image in the whole data, for one of several observers
+            that are merged.
     """
 
-    def __init__(self, limit: int, seed: int = 0) -> None:
+    def __init__(self, limit: int, seed: int = 0, axis: int = 0, first: int = 0) -> None:
         self.limit = limit
         self.seed = seed
-        self.seen = 0
+        self.axis = axis
+        self.seen = first
         self.kept: dict[int, Tensor] = {}
 
     def update(self, x: Tensor) -> None:
-        for row in x:
+        for row in x.movedim(self.axis, 0):
             self._offer(self.seen, row)
             self.seen += 1
 
     def merge(self, other: Self) -> None:
         for index, row in other.kept.items():
-            self._offer(self.seen + index, row)
-        self.seen += other.seen
+            self._offer(index, row)
+        self.seen = max(self.seen, other.seen)
 
     def result(self) -> Tensor:
-        return torch.stack([self.kept[index] for index in sorted(self.kept)])
+        return torch.stack([self.kept[index] for index in sorted(self.kept)], dim=self.axis)
 
     def _offer(self, index: int, row: Tensor) -> None:
         if len(self.kept) == self.limit:

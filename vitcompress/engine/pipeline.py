@@ -108,10 +108,11 @@ def _check(
         graph.check()
         return None
     after = run(graph, graph.example(), bypass=Fact.FINAL not in step.provides)
-    change = max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    changes = [
+        (a - b).abs().max() / b.abs().max().clamp(min=1e-12)
         for a, b in zip(after, before, strict=True)
-    )
+    ]
+    change = float(torch.stack(changes).max())  # NaN if any is, unlike the built-in max
     if not change <= FUNCTION_TOLERANCE:
         raise PassError(
             f"{where}: promises to keep the function, but outputs moved by {change:.2e} relative "

@@ -38,12 +38,13 @@ def capture(model: nn.Module, images: Tensor, *, model_id: str = "") -> Captured
     """
     name = model_id or type(model).__name__
     _check_weights(model, name)
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         program = _export(model, images, name)
     finally:
-        model.train(was_training)
+        for child, training in was_training.items():
+            child.training = training
     module = program.module(check_guards=False)
     graph = module.graph
     placeholder = _only_input(graph, name)
@@ -90,8 +91,8 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
         with torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
             return program.run_decompositions(DECOMPOSITIONS)
-    except UnsupportedModelError:
-        raise
+    except UnsupportedModelError as error:  # the exporter appends its own frames to the message
+        raise UnsupportedModelError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the exporter raises many types, none of them public
         raise UnsupportedModelError(f"{name}: {_explain(error)}") from error
 

@@ -187,10 +187,13 @@ def _foldable_producer(norm: fx.Node) -> fx.Node | None:
     value = norm.args[0]
     while isinstance(value, fx.Node) and len(value.users) == 1:
         if is_op(value, ops.CONV):
-            return value
+            # A reshape in between may only have dropped extents of 1: [B, C, 1, 1] to [B, C].
+            flat = value is norm.args[0] or set(info(value).shape[2:]) == {1}
+            return value if flat else None
         if is_op(value, ops.LINEAR):
             # A linear's channels are its last axis; the norm reads axis 1, so both must agree.
-            return value if len(info(norm.args[0]).shape) == 2 else None  # type: ignore[arg-type]
+            shape = info(norm.args[0]).shape  # type: ignore[arg-type]
+            return value if len(shape) == 2 and shape[1] == info(value).shape[-1] else None
         if not is_op(value, ops.RESHAPE) or len(info(value).shape) != 2:
             return None
         value = value.args[0]

@@ -28,13 +28,18 @@ __all__ = [
 
 
 def producer(value: fx.Node) -> fx.Node:
-    """Return the node that made a value, seen through rearrangements and quantizers."""
-    while (is_op(value, ops.REARRANGE) or is_quantizer(value)) and value.all_input_nodes:
+    """Return the node that made a value, seen through moves, zero padding and quantizers."""
+    while _passes_through(value) and value.all_input_nodes:
         source = value.args[0]
         if not isinstance(source, fx.Node):
             break
         value = source
     return value
+
+
+def _passes_through(node: fx.Node) -> bool:
+    padded = is_op(node, ops.PAD) and _pads_with_zero(node)
+    return padded or is_op(node, ops.REARRANGE) or is_quantizer(node)
 
 
 @dataclass(frozen=True)

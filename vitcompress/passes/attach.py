@@ -93,7 +93,10 @@ class AttachRule:
         if self.granularity == "per_head":
             if site.role not in _PER_HEAD_ROLES:
                 raise ConfigError(f"{site.name}: role {site.role} has no heads")
-            return PerHead(len(site.shape) - 3)
+            axis = len(site.shape) - 3
+            if axis < 0 or site.shape[axis] is None:
+                raise ConfigError(f"{site.name}: heads have no axis of their own in {site.shape}")
+            return PerHead(axis)
         return PerTensor()
 
 

@@ -4,6 +4,7 @@ Two ways of looking at the data: in parallel, every quantizer off, through merge
 or sequentially, each quantizer set on the output of those before it (as RepQ-ViT does).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,7 @@ from vitcompress.calibration import (
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
 from vitcompress.graph.edit import is_quantizer
+from vitcompress.graph.metadata import info
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
 from vitcompress.quantizers import PerTensor, Quantizer
 
@@ -66,13 +68,14 @@ class Calibrate:
     def __init__(self, config: CalibrateConfig) -> None:
         self.config = config
         if config.roles is not None:
-            self.provides = frozenset()  # some quantizers may be left
+            # Other roles may still be waiting: a later calibrate without roles completes them.
+            self.provides = frozenset()
 
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
         if self.config.sequential:
             return []
         return [
-            Request(site.name, self._observer(quantizer))
+            Request(site.name, self._observer(site, quantizer))
             for site, quantizer in self._pending(graph)
             if site.role is not Role.WEIGHT
         ]
@@ -104,10 +107,13 @@ class Calibrate:
 
     # Parallel form
 
-    def _observer(self, quantizer: Quantizer) -> Callable[[], Histogram | Samples]:
+    def _observer(
+        self, site: QuantizationSite, quantizer: Quantizer
+    ) -> Callable[[], Histogram | Samples]:
         if self._uses_histogram(quantizer):
             return Histogram
-        return lambda: Samples(self.config.sample_images)
+        axis, rows = _rows_of_an_image(site)
+        return lambda: Samples(self.config.sample_images * rows, axis=axis)
 
     def _uses_histogram(self, quantizer: Quantizer) -> bool:
         return (
@@ -138,7 +144,8 @@ class Calibrate:
         def visit(node: fx.Node, values: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
-                stacked = torch.cat(values) if len(values) > 1 else values[0]
+                axis, _ = _rows_of_an_image(site)
+                stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
                 self._set(graph, site, quantizer, stacked, None, context.generator)
 
         context.engine.walk(graph, context.source, visit)
@@ -169,6 +176,15 @@ class Calibrate:
             config = _without_zero(config)
         low, high = search_range(quantizer, values, config, counts=counts, reader=reader)
         quantizer.set_range(low, high)
+
+
+def _rows_of_an_image(site: QuantizationSite) -> tuple[int, int]:
+    """Return the axis that grows with the batch, and by how much: windows share it in Swin."""
+    for axis, extent in enumerate(info(site.value).shape):
+        match = re.fullmatch(r"(?:(\d+)\*)?B", str(extent))
+        if match is not None:
+            return axis, int(match[1] or 1)
+    return 0, 1
 
 
 def _without_zero(config: RangeConfig) -> RangeConfig:

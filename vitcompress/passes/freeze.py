@@ -50,6 +50,8 @@ class Freeze:
             name, quantizer = str(weight.target), quantizers[target]
             if name in frozen:
                 raise PassError(f"{name}: two quantizers of different settings read this weight")
+            if any(str(user.target) not in quantizers for user in weight.users):
+                raise PassError(f"{name}: also read without a quantizer; quantize every reader")
             values = graph.parameter(name)
             codes = quantizer.quantize(values)
             if codes.dtype not in (torch.int8, torch.uint8):

@@ -174,6 +174,8 @@ class RepqVit:
             ((qmin - zero_point) * scale).abs(), ((qmax - zero_point) * scale).abs()
         )
         degenerate = scale <= torch.clamp(2e-6 * magnitude, min=2e-8)
+        # A channel of zeros was given scale 1; it says nothing about the others either.
+        degenerate |= (scale == 1.0) & (zero_point == 0.0)
         fold = fold_parameters(
             scale, zero_point, qmin=qmin, qmax=qmax, degenerate=degenerate, config=self.config
         )

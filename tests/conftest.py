@@ -1,0 +1,36 @@
+import pytest
+import torch
+from tiny import images, make_source, tiny_vit
+
+from vitcompress.graph import capture
+
+# Tensors are tiny: on a busy machine, threads that wait for each other cost more than work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vit():
+    """The tiny plain ViT, in evaluation mode. Not to be changed."""
+    return tiny_vit()
+
+
+@pytest.fixture(scope="session")
+def vit_graph(vit):
+    """The captured tiny ViT. Not to be changed: clone it."""
+    return capture(vit, images(2), model_id="tiny")
+
+
+@pytest.fixture
+def graph(vit_graph):
+    """A copy of the captured tiny ViT to work on."""
+    return vit_graph.clone()
+
+
+@pytest.fixture(scope="session")
+def source():
+    return make_source(images(8))

@@ -1,10 +1,10 @@
 """Compression of vision transformers after training.
 
-    import vitcompress, calib
+import vitcompress, calib
 
-    q = vitcompress.quantize(model, bits=8, source=calib.open_source("images/", samples=32))
-    q.save("out/")
-    q.export_onnx("model.onnx")
+q = vitcompress.quantize(model, bits=8, source=calib.open_source("images/", samples=32))
+q.save("out/")
+q.export_onnx("model.onnx")
 """
 
 from vitcompress.api import CompressedModel, export_onnx, load, quantize

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import calib
 from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_file
-
 from vitcompress.calibration import CalibrationSource
 from vitcompress.engine import run_recipe
 from vitcompress.engine.memory import PeakMemory
@@ -83,9 +82,14 @@ class CompressedModel:
             ConfigError: The destination is taken or cannot be written.
         """
         settings = {
-            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict()
+            "preprocessing": None
+            if self.preprocessing is None
+            else self.preprocessing.to_dict()
         }
-        documents = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
+        documents = {
+            "recipe.yaml": self.recipe.to_yaml(),
+            "report.json": self.report.to_json(),
+        }
         stored = StoredModel(self.graph, settings, documents)
         write_artifact(Path(path), stored, overwrite=overwrite)
 
@@ -115,7 +119,9 @@ class CompressedModel:
         metadata = {
             "model": self.graph.provenance.model,
             "recipe": self.recipe.label,
-            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+            "preprocessing": None
+            if self.preprocessing is None
+            else self.preprocessing.to_dict(),
         }
 
         def write(draft: Path) -> None:
@@ -223,7 +229,9 @@ def load(path: str | Path) -> CompressedModel:
         fields = stored.settings["preprocessing"]
         preprocessing = None if fields is None else calib.Preprocessing.from_dict(fields)
     except KeyError as error:
-        raise ArtifactError(f"{folder}: lacks {error}; it was not written by this library") from error
+        raise ArtifactError(
+            f"{folder}: lacks {error}; it was not written by this library"
+        ) from error
     except (ConfigError, calib.SourceError, yaml.YAMLError) as error:
         raise ArtifactError(f"{folder}: {error}") from error
     return CompressedModel(stored.graph, recipe, report, preprocessing)
@@ -245,7 +253,9 @@ def capture_model(model: nn.Module | LoadedModel) -> CapturedGraph:
         else from_attributes(type(module).__name__, module, None)
     )
     images = torch.zeros(2, len(prepared.mean), *prepared.size)
-    return capture(module, images, model_id=model.name if isinstance(model, LoadedModel) else "")
+    return capture(
+        module, images, model_id=model.name if isinstance(model, LoadedModel) else ""
+    )
 
 
 def resolve_recipe(
@@ -267,7 +277,9 @@ def resolve_recipe(
         chosen = Scheme(bits, 8)
     if isinstance(recipe, Recipe):
         if chosen is not None or overrides:
-            raise ConfigError("a Recipe object is complete; leave out bits, scheme and overrides")
+            raise ConfigError(
+                "a Recipe object is complete; leave out bits, scheme and overrides"
+            )
         return recipe
     if recipe is None:
         chosen = chosen or Scheme(8, 8)

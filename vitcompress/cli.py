@@ -46,13 +46,21 @@ err = Console(stderr=True)
 
 # Options that several commands share.
 
-Model = Annotated[str, typer.Argument(help="Weights file, timm/NAME, or package.module:factory")]
+Model = Annotated[
+    str, typer.Argument(help="Weights file, timm/NAME, or package.module:factory")
+]
 Arch = Annotated[
     str | None,
-    typer.Option(help="timm/NAME, torchvision/NAME, hf/ID, hf/config.json, package.module:factory"),
+    typer.Option(
+        help="timm/NAME, torchvision/NAME, hf/ID, hf/config.json, package.module:factory"
+    ),
 ]
-Trust = Annotated[bool, typer.Option("--trust-input", help="Open files that run code when opened")]
-Classes = Annotated[int | None, typer.Option(help="Number of classes, if the weights do not tell")]
+Trust = Annotated[
+    bool, typer.Option("--trust-input", help="Open files that run code when opened")
+]
+Classes = Annotated[
+    int | None, typer.Option(help="Number of classes, if the weights do not tell")
+]
 ImageSize = Annotated[int | None, typer.Option(help="Input height and width in pixels")]
 Crop = Annotated[float | None, typer.Option(help="Share of the resized edge that is kept")]
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, lanczos, nearest")]
@@ -125,7 +133,10 @@ def quantize(
     evaluation = None
     if eval_ is not None:
         evaluation = calib.open_source(
-            eval_, samples=eval_samples, batch_size=batch_size, preprocessing=loaded.preprocessing
+            eval_,
+            samples=eval_samples,
+            batch_size=batch_size,
+            preprocessing=loaded.preprocessing,
         )
     _say("model", loaded.source)
     _say("preprocessing", loaded.preprocessing.describe())
@@ -134,7 +145,9 @@ def quantize(
     compressed = api.quantize(loaded, recipe=chosen, source=source)
     if source.skipped:
         names = ", ".join(f"{s.id} ({s.reason})" for s in source.skipped[:3])
-        out.print(f"[yellow]{len(source.skipped)} calibration files skipped:[/yellow] {escape(names)}")
+        out.print(
+            f"[yellow]{len(source.skipped)} calibration files skipped:[/yellow] {escape(names)}"
+        )
     if evaluation is not None:
         entry = evaluate(compressed, evaluation, reference=loaded.module)
         compressed.report = compressed.report.model_copy(
@@ -155,7 +168,9 @@ def inspect(
     arch: Arch = None,
     num_classes: Classes = None,
     image_size: ImageSize = None,
-    calib_: Annotated[str | None, typer.Option("--calib", help="Show ranges on these images")] = None,
+    calib_: Annotated[
+        str | None, typer.Option("--calib", help="Show ranges on these images")
+    ] = None,
     samples: Samples = api.DEFAULT_SAMPLES,
     seed: Seed = 0,
     batch_size: Batch = 32,
@@ -172,7 +187,11 @@ def inspect(
     measurements = None
     if calib_ is not None:
         source = calib.open_source(
-            calib_, samples=samples, seed=seed, batch_size=batch_size, preprocessing=preprocessing
+            calib_,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            preprocessing=preprocessing,
         )
         measurements = measure_activations(graph, source)
     terminal.print_graph(out, graph, measurements)
@@ -182,7 +201,9 @@ def inspect(
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Artefact directory, .onnx file or float model")],
+    model: Annotated[
+        str, typer.Argument(help="Artefact directory, .onnx file or float model")
+    ],
     eval_: Annotated[str, typer.Option("--eval", help="Labelled images")],
     reference: Annotated[
         str | None, typer.Option(help="Float model or artefact to compare with")
@@ -226,7 +247,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")],
     target: Annotated[str, typer.Option(help=" | ".join(TARGETS))] = "ort-cpu",
     calib_: Annotated[
-        str | None, typer.Option("--calib", help="Images to verify on; rendered ones by default")
+        str | None,
+        typer.Option("--calib", help="Images to verify on; rendered ones by default"),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
     json_: Json = None,
@@ -277,7 +299,9 @@ def recipes_show(
 def recipes_validate(file: Annotated[str, typer.Argument(help="YAML file")]) -> None:
     """Check a recipe without loading a model."""
     recipe = load_recipe(file if file.endswith((".yaml", ".yml")) else Path(file))
-    out.print(f"{escape(file)}: valid; {recipe.label}, {len(recipe.passes)} passes", soft_wrap=True)
+    out.print(
+        f"{escape(file)}: valid; {recipe.label}, {len(recipe.passes)} passes", soft_wrap=True
+    )
 
 
 @app.command()
@@ -409,7 +433,11 @@ def _predictor(
     if is_artifact(path):
         compressed = api.load(path)
         _say("model", f"artefact {model}: {compressed.recipe.label}")
-        return compressed.graph.logits, compressed.preprocessing or calib.Preprocessing(), "simulated"
+        return (
+            compressed.graph.logits,
+            compressed.preprocessing or calib.Preprocessing(),
+            "simulated",
+        )
     if path.suffix == ".onnx":
         predictor = onnx_predictor(path)
         _say("model", f"ONNX file {model} in onnxruntime")
@@ -426,7 +454,9 @@ def _onnx_preprocessing(path: Path) -> calib.Preprocessing:
         fields = json.loads(found[METADATA_KEY])["preprocessing"]
         return calib.Preprocessing.from_dict(fields)
     except (KeyError, TypeError, ValueError, calib.SourceError):
-        out.print("[yellow]the file does not say how its images are prepared: ImageNet's way[/yellow]")
+        out.print(
+            "[yellow]the file does not say how its images are prepared: ImageNet's way[/yellow]"
+        )
         return calib.Preprocessing()
 
 

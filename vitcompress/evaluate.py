@@ -125,7 +125,11 @@ class _Tally:
     compared: bool = False
 
     def add(
-        self, logits: Tensor, expected: Tensor | None, labels: Tensor | None, ids: Iterable[str]
+        self,
+        logits: Tensor,
+        expected: Tensor | None,
+        labels: Tensor | None,
+        ids: Iterable[str],
     ) -> None:
         self.images += len(logits)
         best = logits.argmax(dim=-1)

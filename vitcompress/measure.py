@@ -55,7 +55,10 @@ class _Meter:
         low, high = torch.aminmax(rows, dim=0)
         absmax = torch.maximum(low.abs(), high.abs())
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
-        self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
+        self.low, self.high = (
+            min(self.low, float(low.min())),
+            max(self.high, float(high.max())),
+        )
         self.signal += float(x.square().sum(dtype=torch.float64))
         self.count += x.numel()
         if self.quantizer is not None:
@@ -96,7 +99,10 @@ def measure_activations(
         for meter in group:
             meter.update(value)
 
-    taps = {node: (lambda value, group=group: tap(group, value)) for node, group in listening.items()}
+    taps = {
+        node: (lambda value, group=group: tap(group, value))
+        for node, group in listening.items()
+    }
     for batch in tqdm(source, desc="measuring", disable=None, leave=False):
         run(graph, batch.images, taps=taps)
     return {name: meter.result() for name, meter in meters.items()}

@@ -39,7 +39,10 @@ class Scheme:
     activation_bits: int
 
     def __post_init__(self) -> None:
-        for label, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+        for label, bits in (
+            ("weight", self.weight_bits),
+            ("activation", self.activation_bits),
+        ):
             if not 2 <= bits <= 8:
                 raise ConfigError(f"{label} bits must be between 2 and 8, got {bits}")
 
@@ -104,7 +107,9 @@ class Recipe:
             if key not in fields:
                 raise ConfigError(f"{where}: key '{key}' is missing")
         if fields["schema"] != SCHEMA:
-            raise ConfigError(f"{where}: schema {fields['schema']!r} is unknown; expected {SCHEMA}")
+            raise ConfigError(
+                f"{where}: schema {fields['schema']!r} is unknown; expected {SCHEMA}"
+            )
         if not isinstance(fields["passes"], list) or not fields["passes"]:
             raise ConfigError(f"{where}: passes: expected a list of at least one pass")
         seed = fields.get("seed", 0)
@@ -184,7 +189,9 @@ def load_recipe(
     elif text.endswith((".yaml", ".yml")) or "/" in text:
         path = Path(text)
     else:
-        raise ConfigError(f"no recipe '{text}'{_nearest(text, shipped)}; shipped: {list(shipped)}")
+        raise ConfigError(
+            f"no recipe '{text}'{_nearest(text, shipped)}; shipped: {list(shipped)}"
+        )
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -202,7 +209,9 @@ def _make_pass(entry: Any, scheme: Scheme, where: str) -> Pass:
         raise ConfigError(f"{where}: expected a mapping with key 'pass', got {entry!r}")
     name = str(entry["pass"])
     if name not in PASSES:
-        raise ConfigError(f"{where}: no pass '{name}'{_nearest(name, PASSES)}; known: {list(PASSES)}")
+        raise ConfigError(
+            f"{where}: no pass '{name}'{_nearest(name, PASSES)}; known: {list(PASSES)}"
+        )
     kind = PASSES[name]
     settings = {key: value for key, value in entry.items() if key != "pass"}
     _check_keys(settings, kind.config_type, f"{where} '{name}'")

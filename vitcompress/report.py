@@ -22,8 +22,8 @@ __all__ = [
     "SiteEntry",
     "SizeEntry",
     "StageEntry",
-    "size_of",
     "site_entries",
+    "size_of",
 ]
 
 SCHEMA = 1
@@ -237,7 +237,9 @@ def site_entries(
     """Return one entry for each site of a graph, in graph order."""
     entries = []
     for site in enumerate_sites(graph).values():
-        quantizer = None if site.quantizer is None else graph.module.get_submodule(site.quantizer)
+        quantizer = (
+            None if site.quantizer is None else graph.module.get_submodule(site.quantizer)
+        )
         assert quantizer is None or isinstance(quantizer, Quantizer)
         figures: dict[str, Any] = {"sqnr_db": None}
         if site.role is Role.WEIGHT and quantizer is not None:

@@ -22,7 +22,15 @@ LONE_CHANNEL_FACTOR = 4.0
 def print_report(console: Console, report: CompressionReport) -> None:
     """Print what was done, what was left, how good and how large."""
     table = Table(title="passes", title_justify="left")
-    for column in ("pass", "changed", "of", "left alone", "float function moved", "s", "peak MB"):
+    for column in (
+        "pass",
+        "changed",
+        "of",
+        "left alone",
+        "float function moved",
+        "s",
+        "peak MB",
+    ):
         table.add_column(column, justify="left" if column == "pass" else "right")
     for entry in report.passes:
         moved = "-" if entry.function_change is None else f"{entry.function_change:.1e}"
@@ -52,7 +60,9 @@ def print_report(console: Console, report: CompressionReport) -> None:
         f"({100 * size.ratio:.1f} %), {size.bits_per_weight:.2f} bits per stored number, "
         f"{size.quantized_weight_bits:.2f} per quantized weight; "
         f"{size.float_weights:,} numbers stay float, most in "
-        + ", ".join(f"{name} ({count:,} B)" for name, count in size.largest_float_tensors.items())
+        + ", ".join(
+            f"{name} ({count:,} B)" for name, count in size.largest_float_tensors.items()
+        )
     )
     for evaluation in report.evaluations:
         print_evaluation(console, evaluation)
@@ -184,7 +194,8 @@ def print_graph(
     console.print(table)
     counts = Counter(site.role for site in sites.values())
     console.print(
-        f"{len(sites)} sites: " + ", ".join(f"{count} {role}" for role, count in counts.items())
+        f"{len(sites)} sites: "
+        + ", ".join(f"{count} {role}" for role, count in counts.items())
     )
     console.print(
         f"{len(list(attentions(graph)))} attention cores, {len(blocks(graph))} blocks, "

@@ -30,7 +30,9 @@ def write_file(path: Path, write: Callable[[Path], None], *, overwrite: bool = T
             draft.replace(path)
 
 
-def write_directory(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+def write_directory(
+    path: Path, write: Callable[[Path], None], *, overwrite: bool = False
+) -> None:
     """Let ``write`` fill a temporary directory, then move it to ``path``.
 
     Args:
@@ -70,9 +72,13 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{path}: is a file; name a directory")
     if path.is_dir() and any(path.iterdir()):
         if not (path / "manifest.json").is_file():
-            raise ConfigError(f"{path}: holds files that are no artefact; choose another directory")
+            raise ConfigError(
+                f"{path}: holds files that are no artefact; choose another directory"
+            )
         if not overwrite:
-            raise ConfigError(f"{path}: holds an artefact already; pass --overwrite to replace it")
+            raise ConfigError(
+                f"{path}: holds an artefact already; pass --overwrite to replace it"
+            )
     ancestor = path.absolute()
     while not ancestor.exists():
         ancestor = ancestor.parent

@@ -81,7 +81,10 @@ def write_artifact(path: Path, stored: StoredModel, *, overwrite: bool = False) 
             "versions": graph.provenance.versions,
             "settings": dict(stored.settings),
             "files": {
-                name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size}
+                name: {
+                    "sha256": _sha256(folder / name),
+                    "size_bytes": (folder / name).stat().st_size,
+                }
                 for name in sorted([*content, _WEIGHTS])
             },
         }
@@ -99,13 +102,17 @@ def read_artifact(path: Path) -> StoredModel:
     manifest = _read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise ArtifactError(f"{path / _MANIFEST}: format {found!r}; this version reads {FORMAT}")
+        raise ArtifactError(
+            f"{path / _MANIFEST}: format {found!r}; this version reads {FORMAT}"
+        )
     try:
         files = {str(n): str(entry["sha256"]) for n, entry in manifest["files"].items()}
         provenance = Provenance(str(manifest["model"]), dict(manifest["versions"]))
         settings = dict(manifest["settings"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path / _MANIFEST}: entry missing or malformed: {error}") from error
+        raise ArtifactError(
+            f"{path / _MANIFEST}: entry missing or malformed: {error}"
+        ) from error
     for name in (_GRAPH, _QUANTIZERS, _WEIGHTS):
         if name not in files:
             raise ArtifactError(f"{path / _MANIFEST}: lists no {name}")
@@ -185,7 +192,9 @@ def _packed_tensors(graph: CapturedGraph) -> dict[str, Tensor]:
     for target, quantizer in quantizers.items():
         assert isinstance(quantizer, Quantizer)
         if not quantizer.calibrated:
-            raise ConfigError(f"{quantizer.site}: not calibrated; a model must be finished to be saved")
+            raise ConfigError(
+                f"{quantizer.site}: not calibrated; a model must be finished to be saved"
+            )
         for name in quantizer.parameter_names:
             tensors[f"{target}.{name}"] = _narrowest(name, getattr(quantizer, name), quantizer)
     return tensors
@@ -247,7 +256,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: file is missing; is this an artefact directory?") from error
+        raise ArtifactError(
+            f"{path}: file is missing; is this an artefact directory?"
+        ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
 

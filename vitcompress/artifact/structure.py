@@ -49,7 +49,14 @@ def graph_from_json(content: Any) -> tuple[fx.Graph, tuple[str, ...]]:
             made[entry["name"]] = _node_from_json(graph, entry, made)
         graph.lint()
         return graph, tuple(str(name) for name in content["outputs"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+    ) as error:
         raise ArtifactError(f"graph.json: not a graph of format {FORMAT}: {error}") from error
 
 

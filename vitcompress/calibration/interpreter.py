@@ -18,7 +18,9 @@ Tap = Callable[[Tensor], None]
 class _TappingInterpreter(fx.Interpreter):
     """Shows values to taps as they appear; frees them after their last use."""
 
-    def __init__(self, module: fx.GraphModule, taps: Mapping[fx.Node, Tap], bypass: bool) -> None:
+    def __init__(
+        self, module: fx.GraphModule, taps: Mapping[fx.Node, Tap], bypass: bool
+    ) -> None:
         super().__init__(module)
         self.taps = taps
         self.bypass = bypass
@@ -100,7 +102,10 @@ def walk(
 
 
 def _lookup(
-    values: Mapping[fx.Node, list[Any]], shared: Mapping[fx.Node, Any], index: int, node: fx.Node
+    values: Mapping[fx.Node, list[Any]],
+    shared: Mapping[fx.Node, Any],
+    index: int,
+    node: fx.Node,
 ) -> Any:
     return values[node][index] if node in values else shared[node]
 

@@ -115,7 +115,9 @@ def _histogram_quantiles(
     ranks = torch.cumsum(counts, dim=0)
     last = float(ranks[-1]) - 1.0
     wanted = torch.tensor(probabilities, dtype=torch.float64)
-    high = centres[torch.searchsorted(ranks, wanted * last, right=True).clamp(max=len(ranks) - 1)]
+    high = centres[
+        torch.searchsorted(ranks, wanted * last, right=True).clamp(max=len(ranks) - 1)
+    ]
     low = centres[torch.searchsorted(ranks, (1.0 - wanted) * last, right=True)]
     return low[:, None], high[:, None]
 
@@ -139,7 +141,9 @@ def _loss(
 
         return mean_squared_error
     if reader is None:
-        raise ConfigError(f"{quantizer.site}: output_mse needs a linear or product that reads it")
+        raise ConfigError(
+            f"{quantizer.site}: output_mse needs a linear or product that reads it"
+        )
     target = reader(values)
 
     def output_error(low: Tensor, high: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ class Batch(Protocol):
     """
 
     @property
-    def images(self) -> Tensor: ...  # noqa: D102
+    def images(self) -> Tensor: ...
     @property
-    def labels(self) -> Tensor | None: ...  # noqa: D102
+    def labels(self) -> Tensor | None: ...
     @property
-    def ids(self) -> tuple[str, ...]: ...  # noqa: D102
+    def ids(self) -> tuple[str, ...]: ...
 
 
 class CalibrationSource(Protocol):

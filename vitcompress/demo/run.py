@@ -40,9 +40,19 @@ def run_demo(console: Console, output: Path | None) -> None:
     baseline = evaluate(model, held_out, execution="float")
     float_bytes = len(save(model.state_dict()))
     table = Table(title="embedded digits model, 600 held-out images", title_justify="left")
-    for column in ("scheme", "recipe", "file kB", "top-1 %", "onnxruntime %", "agree %", "integer"):
+    for column in (
+        "scheme",
+        "recipe",
+        "file kB",
+        "top-1 %",
+        "onnxruntime %",
+        "agree %",
+        "integer",
+    ):
         table.add_column(column, justify="left" if column in ("scheme", "recipe") else "right")
-    table.add_row("float", "-", f"{float_bytes / 1e3:.0f}", f"{baseline.top1_percent:.2f}", *"---")
+    table.add_row(
+        "float", "-", f"{float_bytes / 1e3:.0f}", f"{baseline.top1_percent:.2f}", *"---"
+    )
     with tempfile.TemporaryDirectory(prefix="vitcompress-demo-") as temporary:
         folder = output or Path(temporary)
         for scheme in ROWS:

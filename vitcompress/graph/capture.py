@@ -89,9 +89,13 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     dynamic = ({0: Dim.DYNAMIC},)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(
+                model, (images,), dynamic_shapes=dynamic, strict=False
+            )
             return program.run_decompositions(DECOMPOSITIONS)
-    except UnsupportedModelError as error:  # the exporter appends its own frames to the message
+    except (
+        UnsupportedModelError
+    ) as error:  # the exporter appends its own frames to the message
         raise UnsupportedModelError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the exporter raises many types, none of them public
         raise UnsupportedModelError(f"{name}: {_explain(error)}") from error
@@ -100,7 +104,9 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
 def _explain(error: Exception) -> str:
     """Return the exporter's first line, the user's source line, and the usual cure."""
     text = str(error)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    first = next(
+        (line.strip() for line in text.splitlines() if line.strip()), type(error).__name__
+    )
     frames = re.findall(r'File "([^"]+)", line (\d+)', text)
     where = f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
     return (
@@ -126,7 +132,9 @@ def _output_names(program: ExportedProgram) -> list[str]:
     paths, _ = pytree.tree_flatten_with_path(tree)
     names = []
     for path, _ in paths:
-        keys = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+        keys = [
+            getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path
+        ]
         names.append(".".join(str(key) for key in keys))
     return names
 

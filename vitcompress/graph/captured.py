@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from vitcompress.errors import UnsupportedModelError
 from vitcompress.graph.metadata import TensorInfo, info, set_info
 
-__all__ = ["CapturedGraph", "OutputDict", "Provenance", "QUANTIZER_PREFIX"]
+__all__ = ["QUANTIZER_PREFIX", "CapturedGraph", "OutputDict", "Provenance"]
 
 #: Quantizer modules live under this name, one child for each.
 QUANTIZER_PREFIX = "quantizers."
@@ -152,7 +152,9 @@ class CapturedGraph:
 
     def recompile(self) -> None:
         """Drop dead nodes and unused tensors, lint, and generate the code anew."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.op in ("placeholder", "output")
+        )
         self.module.delete_all_unused_submodules()
         self.graph.lint()
         self.module.recompile()

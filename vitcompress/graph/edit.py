@@ -8,7 +8,14 @@ from torch import Tensor, fx, nn
 from vitcompress.graph.captured import QUANTIZER_PREFIX, CapturedGraph
 from vitcompress.graph.metadata import ModulePath, module_path, set_info
 
-__all__ = ["call_after", "constant_node", "insert_quantizer", "is_quantizer", "quantizer_target", "replace_quantizer"]
+__all__ = [
+    "call_after",
+    "constant_node",
+    "insert_quantizer",
+    "is_quantizer",
+    "quantizer_target",
+    "replace_quantizer",
+]
 
 
 def constant_node(

@@ -69,9 +69,7 @@ def lower_attention(
 
 
 #: Given to the exporter, which traces the replacement with all metadata in place.
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    ops.attention: lower_attention
-}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {ops.attention: lower_attention}
 
 
 def normalize(captured: CapturedGraph) -> None:
@@ -212,7 +210,10 @@ def _fold_into(
     gamma, beta, mean, variance = (None if s is None else s.double() for s in statistics)
     assert mean is not None
     assert variance is not None
-    weight_node, bias_node = producer.args[1], producer.args[2] if len(producer.args) > 2 else None
+    weight_node, bias_node = (
+        producer.args[1],
+        producer.args[2] if len(producer.args) > 2 else None,
+    )
     assert isinstance(weight_node, fx.Node)
     weight = captured.parameter(str(weight_node.target)).double()
     factor = torch.rsqrt(variance + eps)

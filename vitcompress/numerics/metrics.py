@@ -12,7 +12,9 @@ def sqnr_db(signal_power: float, noise_power: float) -> float:
         return float("inf")
     if signal_power == 0.0:
         return float("-inf")
-    return float(10.0 * torch.log10(torch.tensor(signal_power / noise_power, dtype=torch.float64)))
+    return float(
+        10.0 * torch.log10(torch.tensor(signal_power / noise_power, dtype=torch.float64))
+    )
 
 
 def cosine(reference: Tensor, found: Tensor) -> float:

@@ -16,7 +16,9 @@ __all__ = ["log_codes", "log_table", "parity_table"]
 SQRT2 = float(torch.tensor(math.sqrt(2.0), dtype=torch.float32))
 
 
-def log_codes(x: Tensor, scale: Tensor, *, bits: int, steps_per_octave: int, strict: bool) -> Tensor:
+def log_codes(
+    x: Tensor, scale: Tensor, *, bits: int, steps_per_octave: int, strict: bool
+) -> Tensor:
     """Return the codes ``round(-steps_per_octave * log2(x / scale))``.
 
     Args:

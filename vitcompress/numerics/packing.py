@@ -29,7 +29,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ``[packed_size(codes.numel(), bits)]`` uint8.
     """
     unsigned = codes.flatten().to(torch.int16).numpy() & (2**bits - 1)
-    spread = np.unpackbits(unsigned.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
+    spread = np.unpackbits(
+        unsigned.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little"
+    )
     return torch.from_numpy(np.packbits(spread.reshape(-1), bitorder="little"))
 
 

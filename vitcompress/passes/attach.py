@@ -63,7 +63,9 @@ class AttachRule:
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"bits: expected 2 to 8, got {self.bits}")
         if self.format not in FORMATS:
-            raise ConfigError(f"format: expected one of {sorted(FORMATS)}, got '{self.format}'")
+            raise ConfigError(
+                f"format: expected one of {sorted(FORMATS)}, got '{self.format}'"
+            )
         if self.granularity == "per_group" and set(self.roles) != {Role.WEIGHT}:
             raise ConfigError("granularity: per_group is for role weight alone")
 
@@ -95,7 +97,9 @@ class AttachRule:
                 raise ConfigError(f"{site.name}: role {site.role} has no heads")
             axis = len(site.shape) - 3
             if axis < 0 or site.shape[axis] is None:
-                raise ConfigError(f"{site.name}: heads have no axis of their own in {site.shape}")
+                raise ConfigError(
+                    f"{site.name}: heads have no axis of their own in {site.shape}"
+                )
             return PerHead(axis)
         return PerTensor()
 

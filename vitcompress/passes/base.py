@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import fx, Tensor
+from torch import Tensor, fx
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
 from vitcompress.graph import CapturedGraph

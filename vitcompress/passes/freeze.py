@@ -49,9 +49,13 @@ class Freeze:
                 continue
             name, quantizer = str(weight.target), quantizers[target]
             if name in frozen:
-                raise PassError(f"{name}: two quantizers of different settings read this weight")
+                raise PassError(
+                    f"{name}: two quantizers of different settings read this weight"
+                )
             if any(str(user.target) not in quantizers for user in weight.users):
-                raise PassError(f"{name}: also read without a quantizer; quantize every reader")
+                raise PassError(
+                    f"{name}: also read without a quantizer; quantize every reader"
+                )
             values = graph.parameter(name)
             codes = quantizer.quantize(values)
             if codes.dtype not in (torch.int8, torch.uint8):
@@ -67,7 +71,9 @@ class Freeze:
         for quantizer in quantizers.values():
             defect = quantizer.defect()
             if defect is not None:
-                warnings.append(f"{quantizer.site}: not strictly {quantizer.spec.bits} bits: {defect}")
+                warnings.append(
+                    f"{quantizer.site}: not strictly {quantizer.spec.bits} bits: {defect}"
+                )
         return PassReport(
             changed=len(frozen),
             found=len(frozen),

@@ -151,7 +151,9 @@ class RepqVit:
                 continue
             fold, degenerate = self._fold(quantizers)
             if degenerate:
-                warnings.append(f"{path}: channels {degenerate} are constant; kept out of the means")
+                warnings.append(
+                    f"{path}: channels {degenerate} are constant; kept out of the means"
+                )
             self._rewrite(graph, group, fold)
             folded.append(path)
         warnings.extend(_flatten_leftovers(graph))
@@ -236,7 +238,10 @@ def _per_channel_quantizers(
         if consumer.quantizer is None:
             return None
         quantizer = known[str(consumer.quantizer.target)]
-        if not isinstance(quantizer, Affine) or type(quantizer.spec.granularity) is not PerChannel:
+        if (
+            not isinstance(quantizer, Affine)
+            or type(quantizer.spec.granularity) is not PerChannel
+        ):
             return None
         found[str(consumer.quantizer.target)] = quantizer
     return found
@@ -303,5 +308,7 @@ def _flatten_leftovers(graph: CapturedGraph) -> list[str]:
         new = Affine(_per_tensor(quantizer.spec, strict=quantizer.spec.strict), quantizer.site)
         new.set_range(low, high)
         replace_quantizer(graph, target, new)
-        warnings.append(f"{quantizer.site}: no norm to fold into; per tensor over all channels")
+        warnings.append(
+            f"{quantizer.site}: no norm to fold into; per tensor over all channels"
+        )
     return warnings

@@ -54,10 +54,14 @@ class Affine(Quantizer):
     def defect(self) -> str | None:
         qmin, qmax = self.bounds
         if self._fractional():
-            return f"zero point {self.zero_point.flatten()[0].item():.3f} is not a whole number"
+            return (
+                f"zero point {self.zero_point.flatten()[0].item():.3f} is not a whole number"
+            )
         outside = (self.zero_point < qmin) | (self.zero_point > qmax)
         if bool(outside.any()):
-            return f"zero point {self.zero_point[outside][0].item():.0f} outside [{qmin}, {qmax}]"
+            return (
+                f"zero point {self.zero_point[outside][0].item():.0f} outside [{qmin}, {qmax}]"
+            )
         return None
 
     def _fractional(self) -> bool:

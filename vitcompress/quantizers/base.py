@@ -88,7 +88,9 @@ class Quantizer(nn.Module, ABC):
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return the values of ``codes``, same shape, float32."""
         granularity = self.spec.granularity
-        values = self.decode(granularity.view(codes.to(torch.float32)), **self._broadcast(codes))
+        values = self.decode(
+            granularity.view(codes.to(torch.float32)), **self._broadcast(codes)
+        )
         return values.reshape(codes.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ class Quantizer(nn.Module, ABC):
             raise ConfigError(f"{self.site}: quantizer has no parameters yet; calibrate first")
         granularity = self.spec.granularity
         return {
-            name: granularity.broadcast(getattr(self, name), x) for name in self.parameter_names
+            name: granularity.broadcast(getattr(self, name), x)
+            for name in self.parameter_names
         }
 
     @property

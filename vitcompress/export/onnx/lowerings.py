@@ -90,7 +90,9 @@ class Lowering:
             ("Weight", self._weight_marker),
             ("Quantize", self._quantize_marker),
         ):
-            for node in [n for n in self.model.graph if (n.domain, n.op_type) == (DOMAIN, kind)]:
+            for node in [
+                n for n in self.model.graph if (n.domain, n.op_type) == (DOMAIN, kind)
+            ]:
                 lower(node)
         self._drop_dead_nodes()
         self.model.opset_imports.pop(DOMAIN, None)
@@ -115,7 +117,10 @@ class Lowering:
         quantizer = self._marker_quantizer(x, "Quantize")
         if quantizer is None:
             return "its input is not quantized"
-        if not isinstance(quantizer, Affine) or type(quantizer.spec.granularity) is not PerTensor:
+        if (
+            not isinstance(quantizer, Affine)
+            or type(quantizer.spec.granularity) is not PerTensor
+        ):
             return f"its input is quantized as {quantizer.spec.describe()}"
         stored = self._marker_quantizer(weight, "Weight")
         assert stored is not None
@@ -132,7 +137,10 @@ class Lowering:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         assert x is not None
         assert weight is not None
-        quantizer, stored = self._marker_quantizer(x, "Quantize"), self._marker_quantizer(weight, "Weight")
+        quantizer, stored = (
+            self._marker_quantizer(x, "Quantize"),
+            self._marker_quantizer(weight, "Weight"),
+        )
         assert isinstance(quantizer, Affine)
         assert isinstance(stored, Affine)
         producer = x.producer()
@@ -156,7 +164,9 @@ class Lowering:
             result = self._add(node, "Add", [result, float_bias])
         if len(extents) > 2:
             out = [*extents[:-1], stored_rows(weight)]
-            result = self._add(node, "Reshape", [result, self._constant(np.array(out, np.int64))])
+            result = self._add(
+                node, "Reshape", [result, self._constant(np.array(out, np.int64))]
+            )
         return result
 
     def _int32_bias(
@@ -171,9 +181,7 @@ class Lowering:
         if np.abs(codes).max(initial=0.0) > _INT32_MAX:
             return None
         integer = self._constant(codes.astype(np.int32), f"{bias.name}.int32")
-        return self._add(
-            node, "DequantizeLinear", [integer, self._constant(scale)], axis=0
-        )
+        return self._add(node, "DequantizeLinear", [integer, self._constant(scale)], axis=0)
 
     def _matmul(self, node: ir.Node, path: str) -> ir.Value:
         weight = node.inputs[1]
@@ -291,7 +299,9 @@ class Lowering:
         last = np.float32(len(table) - 1)
         bounds = [self._constant(np.float32(0.0)), self._constant(last)]
         clipped = self._add(node, "Clip", [rounded, *bounds])
-        codes = self._add(node, "Cast", [clipped], name=quantizer.site, to=int(ir.DataType.INT32))
+        codes = self._add(
+            node, "Cast", [clipped], name=quantizer.site, to=int(ir.DataType.INT32)
+        )
         return self._add(node, "Gather", [self._constant(table.numpy()), codes], axis=0)
 
     # Building blocks

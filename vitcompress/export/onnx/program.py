@@ -117,7 +117,9 @@ def marked_model(captured: CapturedGraph, *, opset: int) -> ir.Model:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's banner, warnings and log lines off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

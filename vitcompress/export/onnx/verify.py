@@ -93,7 +93,9 @@ def verify(
         expected = captured.logits(images)
     found, single, facts = _run_apart(path, images)
     if not np.allclose(single, found[:1], rtol=1e-3, atol=1e-3 * np.abs(found).max()):
-        raise ExportError(f"{path.name}: the result for an image depends on the batch it is in")
+        raise ExportError(
+            f"{path.name}: the result for an image depends on the batch it is in"
+        )
     actual = torch.from_numpy(found)
     integer, fell_out = _coverage(facts["nodes"], linears, reasons)
     counts = {op: facts["ops"][op] for op in INTEGER_OPS if facts["ops"].get(op)}
@@ -119,8 +121,14 @@ def _coverage(
     others = {name: op for op, name in nodes if op not in INTEGER_OPS}
     fell_out = {}
     for name in linears:
-        if not any(found == name or found.startswith((f"{name}_", f"{name}/")) for found in integer):
-            seen = f"runs as {others[name]}" if name in others else "was fused into something else"
+        if not any(
+            found == name or found.startswith((f"{name}_", f"{name}/")) for found in integer
+        ):
+            seen = (
+                f"runs as {others[name]}"
+                if name in others
+                else "was fused into something else"
+            )
             fell_out[name] = reasons.get(name, seen)
     return len(linears) - len(fell_out), fell_out
 

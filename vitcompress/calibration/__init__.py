@@ -5,6 +5,7 @@ from vitcompress.calibration.observers import (
     Histogram,
     MinMax,
     Observer,
+    QuantizationNoise,
     Samples,
     SecondMoment,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Histogram",
     "MinMax",
     "Observer",
+    "QuantizationNoise",
     "RangeConfig",
     "Request",
     "Samples",

@@ -5,12 +5,23 @@ and ``result``; that is all a distributed engine would need.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelAbsMax", "Histogram", "MinMax", "Observer", "Samples", "SecondMoment"]
+from vitcompress.numerics.metrics import sqnr_db
+
+__all__ = [
+    "ChannelAbsMax",
+    "Histogram",
+    "MinMax",
+    "Observer",
+    "QuantizationNoise",
+    "Samples",
+    "SecondMoment",
+]
 
 
 class Observer(ABC):
@@ -88,6 +99,29 @@ class SecondMoment(Observer):
     def result(self) -> tuple[Tensor, Tensor]:
         assert self.total is not None, "observer saw no data"
         return self.total, torch.tensor(self.count)
+
+
+class QuantizationNoise(Observer):
+    """Signal and noise power under a quantizer; ``result`` is the ratio in dB, scalar.
+
+    Args:
+        quantizer: Maps values to their approximation.
+    """
+
+    def __init__(self, quantizer: Callable[[Tensor], Tensor]) -> None:
+        self.quantizer = quantizer
+        self.signal = self.noise = 0.0
+
+    def update(self, x: Tensor) -> None:
+        self.signal += float(x.square().sum(dtype=torch.float64))
+        self.noise += float((self.quantizer(x) - x).square().sum(dtype=torch.float64))
+
+    def merge(self, other: Self) -> None:
+        self.signal += other.signal
+        self.noise += other.noise
+
+    def result(self) -> Tensor:
+        return torch.tensor(sqnr_db(self.signal, self.noise), dtype=torch.float64)
 
 
 class Histogram(Observer):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
@@ -50,6 +51,11 @@ class LocalEngine:
                 bar.update()
 
             walk(graph, (batch.images for batch in source), visit_and_count)
+
+    @torch.no_grad()
+    def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:
+        """Run the source once through the graph as it is and return the logits, ``[N, O]``."""
+        return torch.cat([graph.logits(batch.images) for batch in source])
 
 
 def _updater(observers: list[Observer]) -> Callable[[Tensor], None]:

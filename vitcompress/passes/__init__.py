@@ -4,6 +4,7 @@ from vitcompress.passes.attach import Attach
 from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
 from vitcompress.passes.calibrate import Calibrate
 from vitcompress.passes.freeze import Freeze
+from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Pass",
     "PassContext",
     "PassReport",
+    "RefineRanges",
     "RepqVit",
     "register",
 ]

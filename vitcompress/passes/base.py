@@ -70,6 +70,9 @@ class Engine(Protocol):
     ) -> None:
         """Run the source once through the graph in step; see ``calibration.interpreter``."""
 
+    def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:
+        """Run the source once through the graph as it is and return the logits, ``[N, O]``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:

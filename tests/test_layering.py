@@ -21,7 +21,8 @@ FLOORS = {
     "api": 5,
     "evaluate": 5,
     "gate": 5,
-    "demo": 5,
+    "demo": 6,
+    "terminal": 6,
     "cli": 6,
     "__main__": 6,
 }

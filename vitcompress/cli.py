@@ -1,4 +1,4 @@
-"""The command line: arguments in, printed tables out. The work is done by ``vitcompress.api``."""
+"""The command line: arguments in, printed tables out. ``vitcompress.api`` does the work."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vitcompress.export.onnx.exporter import METADATA_KEY
 from vitcompress.measure import measure_activations
 from vitcompress.models import LoadedModel, load_model
 from vitcompress.recipe import Recipe, available_recipes, load_recipe
-from vitcompress.report import EvaluationEntry
+from vitcompress.report import EvaluationEntry, ExportEntry
 
 __all__ = ["app", "main"]
 
@@ -146,7 +146,8 @@ def quantize(
     if source.skipped:
         names = ", ".join(f"{s.id} ({s.reason})" for s in source.skipped[:3])
         out.print(
-            f"[yellow]{len(source.skipped)} calibration files skipped:[/yellow] {escape(names)}"
+            f"[yellow]{len(source.skipped)} calibration files skipped:[/yellow] "
+            f"{escape(names)}"
         )
     if evaluation is not None:
         entry = evaluate(compressed, evaluation, reference=loaded.module)
@@ -455,7 +456,8 @@ def _onnx_preprocessing(path: Path) -> calib.Preprocessing:
         return calib.Preprocessing.from_dict(fields)
     except (KeyError, TypeError, ValueError, calib.SourceError):
         out.print(
-            "[yellow]the file does not say how its images are prepared: ImageNet's way[/yellow]"
+            "[yellow]the file does not say how its images are prepared: "
+            "ImageNet's way[/yellow]"
         )
         return calib.Preprocessing()
 
@@ -464,7 +466,7 @@ def _say(label: str, text: str) -> None:
     out.print(f"[dim]{label}:[/dim] {escape(text)}", soft_wrap=True)
 
 
-def _write(path: Path, entry: EvaluationEntry | api.ExportEntry) -> None:
+def _write(path: Path, entry: EvaluationEntry | ExportEntry) -> None:
     path.write_text(entry.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vitcompress.calibration import CalibrationSource
@@ -19,22 +19,22 @@ from vitcompress.report import EvaluationEntry
 
 __all__ = ["Predictor", "evaluate", "logits_of", "onnx_predictor"]
 
-#: Maps preprocessed images ``[B, C, H, W]`` to logits ``[B, O]``.
-Predictor = Callable[[Tensor], Tensor]
+#: Maps preprocessed images ``[B, C, H, W]`` to logits ``[B, O]``, bare or among named outputs.
+Predictor = Callable[[Tensor], Any]
 
 
 def evaluate(
-    model: Predictor | nn.Module,
+    model: Predictor,
     source: CalibrationSource,
     *,
-    reference: Predictor | nn.Module | None = None,
+    reference: Predictor | None = None,
     execution: Literal["float", "simulated", "executed"] = "simulated",
     data: str = "",
 ) -> EvaluationEntry:
     """Return top-1 and top-5 where there are labels, and distances where there is a reference.
 
     Args:
-        model: Compressed model, module, or function from images to logits.
+        model: Compressed model, module, or any function of images that gives logits.
         source: Preprocessed images, with labels or without.
         reference: The float model; sees the same images, so the comparison is paired.
         execution: Who computes: see :class:`vitcompress.report.EvaluationEntry`.
@@ -64,7 +64,7 @@ def evaluate(
     )
 
 
-def logits_of(model: Predictor | nn.Module) -> Predictor:
+def logits_of(model: Predictor) -> Callable[[Tensor], Tensor]:
     """Return a function to logits, whatever form the model's output has."""
 
     def predict(images: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def logits_of(model: Predictor | nn.Module) -> Predictor:
     return predict
 
 
-def onnx_predictor(path: Path) -> Predictor:
+def onnx_predictor(path: Path) -> Callable[[Tensor], Tensor]:
     """Return a function that runs an ONNX file in onnxruntime on the CPU.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Recipes: an ordered list of passes with complete settings, checked before any model is loaded.
+"""Recipes: ordered passes with complete settings, checked before any model is loaded.
 
-A recipe is YAML. Its scheme, e.g. ``W4A8``, gives meaning to the two words ``w`` and ``a`` where
-a rule says ``bits``; everything else is written out. There is no inheritance and no condition.
+A recipe is YAML. Its scheme, e.g. ``W4A8``, gives meaning to the two words ``w`` and ``a``
+where a rule says ``bits``; everything else is written out. There is no inheritance and no
+condition.
 """
 
 import dataclasses
@@ -216,7 +217,8 @@ def _make_pass(entry: Any, scheme: Scheme, where: str) -> Pass:
     settings = {key: value for key, value in entry.items() if key != "pass"}
     _check_keys(settings, kind.config_type, f"{where} '{name}'")
     try:
-        config = TypeAdapter(kind.config_type).validate_python(_with_bits(settings, scheme))
+        adapter: TypeAdapter[Any] = TypeAdapter(kind.config_type)
+        config = adapter.validate_python(_with_bits(settings, scheme))
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -258,7 +260,8 @@ def _refuse_unknown(found: Mapping[str, Any], known: Sequence[str], where: str) 
     for key in found:
         if key not in known:
             raise ConfigError(
-                f"{where}: unknown key '{key}'{_nearest(str(key), known)}; known: {list(known)}"
+                f"{where}: unknown key '{key}'{_nearest(str(key), known)}; "
+                f"known: {list(known)}"
             )
 
 
@@ -268,14 +271,14 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _check_order(passes: Sequence[Pass], where: str) -> None:
-    """Refuse an order in which a pass would lack a fact it needs, or meet one it cannot bear."""
+    """Refuse an order in which a pass lacks a fact it needs, or meets one it cannot bear."""
     facts: set[Fact] = set()
     for index, step in enumerate(passes):
         for fact in sorted(step.requires - facts):
             provider = next((n for n, p in PASSES.items() if fact in p.provides), "none")
             raise ConfigError(
-                f"{where}: passes[{index}] '{step.name}' needs '{fact}', which no earlier pass "
-                f"provides; add '{provider}' before it"
+                f"{where}: passes[{index}] '{step.name}' needs '{fact}', which no earlier "
+                f"pass provides; add '{provider}' before it"
             )
         for fact in sorted(step.forbids & facts):
             raise ConfigError(

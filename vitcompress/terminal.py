@@ -11,6 +11,7 @@ from vitcompress.graph import CapturedGraph, Role, enumerate_sites
 from vitcompress.graph.metadata import module_path
 from vitcompress.graph.patterns import attentions, blocks, norm_linear_groups
 from vitcompress.measure import SiteMeasurement
+from vitcompress.passes.base import quantizers_of
 from vitcompress.report import CompressionReport, EvaluationEntry, ExportEntry, SiteEntry
 
 __all__ = ["print_evaluation", "print_export", "print_graph", "print_report"]
@@ -154,10 +155,11 @@ def print_evaluation(console: Console, entry: EvaluationEntry) -> None:
 def print_export(console: Console, entry: ExportEntry) -> None:
     """Print what onnxruntime made of an exported file."""
     console.print(
-        f"{entry.target}: {entry.size_bytes / 1e6:.2f} MB, opset {entry.opset}, {entry.execution} "
-        f"in {entry.runtime}; integer linears [bold]{entry.integer_linears} of "
-        f"{entry.linears}[/bold]; agrees on {entry.top1_agreement_percent:.1f} % of "
-        f"{entry.images} images, cosine {entry.cosine:.4f}"
+        f"{entry.target}: {entry.size_bytes / 1e6:.2f} MB, opset {entry.opset}, "
+        f"{entry.execution} in {entry.runtime}; integer linears "
+        f"[bold]{entry.integer_linears} of {entry.linears}[/bold]; agrees on "
+        f"{entry.top1_agreement_percent:.1f} % of {entry.images} images, "
+        f"cosine {entry.cosine:.4f}"
     )
     for name, reason in list(entry.float_linears.items())[:10]:
         console.print(f"  [yellow]float:[/yellow] {escape(name)}: {escape(reason)}")
@@ -176,10 +178,10 @@ def print_graph(
         columns += ["range", "rms", "peak / rms", "SQNR dB", "ruled by"]
     for column in columns:
         table.add_column(column, overflow="fold")
-    quantizers = graph.quantizers()
+    quantizers = quantizers_of(graph)
     for site in sites.values():
         shape = "x".join("B" if extent is None else str(extent) for extent in site.shape)
-        spec = "-" if site.quantizer is None else quantizers[site.quantizer].spec.describe()  # type: ignore[union-attr,operator]
+        spec = "-" if site.quantizer is None else quantizers[site.quantizer].spec.describe()
         row = [escape(site.name), str(site.role), site.operation, shape, spec]
         found = (measurements or {}).get(site.name)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and an earlier one is kept until the new one is there."""
+"""Files are written whole or not at all; an earlier one is kept until the new one is there."""
 
 import os
 import shutil

@@ -1,8 +1,8 @@
 """``graph.json``: the graph without its tensors, as plain JSON.
 
-A node is its name, opcode, target and arguments, with shape, dtype and module path. Targets are
-ATen operators or a short list of integer helpers, so reading a stranger's file runs nothing but
-tensor arithmetic.
+A node is its name, opcode, target and arguments, with shape, dtype and module path. Targets
+are ATen operators or a short list of integer helpers, so reading a stranger's file runs
+nothing but tensor arithmetic.
 """
 
 import math
@@ -41,7 +41,8 @@ def graph_from_json(content: Any) -> tuple[fx.Graph, tuple[str, ...]]:
     try:
         if content["format"] != FORMAT:
             raise ArtifactError(
-                f"graph.json: format {content['format']!r} is unknown; this version reads {FORMAT}"
+                f"graph.json: format {content['format']!r} is unknown; "
+                f"this version reads {FORMAT}"
             )
         graph = fx.Graph()
         made: dict[str, fx.Node] = {}

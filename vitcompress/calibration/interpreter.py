@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
+from vitcompress.graph.metadata import node_argument
 
 __all__ = ["run", "walk"]
 
@@ -26,10 +27,8 @@ class _TappingInterpreter(fx.Interpreter):
         self.bypass = bypass
 
     def run_node(self, n: fx.Node) -> Any:
-        if self.bypass and is_quantizer(n):
-            value = self.env[n.args[0]]  # type: ignore[index]
-        else:
-            value = super().run_node(n)
+        bypassed = self.bypass and is_quantizer(n)
+        value = self.env[node_argument(n, 0)] if bypassed else super().run_node(n)
         if n in self.taps:
             self.taps[n](value)
         return value

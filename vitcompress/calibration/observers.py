@@ -128,9 +128,9 @@ class Histogram(Observer):
     """Counts in bins fixed by the float format: sign, exponent and eight bits of mantissa.
 
     Bins are 0.4 % wide relative to their value everywhere, so no range has to be known ahead
-    and two histograms merge by addition. ``result`` is ``(values, counts)``: the centres of the
-    bins that are not empty, ascending, and how often each was hit. The outermost bins stand for
-    the exact extrema.
+    and two histograms merge by addition. ``result`` is ``(values, counts)``: the centres of
+    the bins that are not empty, ascending, and how often each was hit. The outermost bins
+    stand for the exact extrema.
     """
 
     SHIFT = 15  # of the 32 bits of a float, 17 remain

@@ -25,9 +25,9 @@ class RangeConfig:
     """How a range is found.
 
     Attributes:
-        method: ``minmax`` takes the extremes; ``percentile`` the best of ``percentiles`` by mean
-            squared error; ``mse`` the best of ``steps`` shrunk ranges by mean squared error;
-            ``output_mse`` the same by the error of what the reader computes.
+        method: ``minmax`` takes the extremes; ``percentile`` the best of ``percentiles`` by
+            mean squared error; ``mse`` the best of ``steps`` shrunk ranges by mean squared
+            error; ``output_mse`` the same by the error of what the reader computes.
         percentiles: Upper probabilities in [0.5, 1]; one alone is taken without a search.
         steps: Number of candidates of ``mse`` and ``output_mse``.
         smallest: Least fraction of the full range that is tried, in (0, 1).

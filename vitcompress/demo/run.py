@@ -17,8 +17,8 @@ from vitcompress.evaluate import evaluate, onnx_predictor
 
 __all__ = ["run_demo"]
 
-#: Scheme and target of each row; narrow activations cannot run as narrow integers anywhere, but
-#: the file still does, in 8-bit containers.
+#: Scheme and target of each row; narrow activations cannot run as narrow integers anywhere,
+#: but the file still does, in 8-bit containers.
 ROWS = ("W8A8", "W4A8", "W4A4")
 
 

@@ -1,5 +1,6 @@
 """Peak resident memory of a stretch of work."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ _RESET = Path("/proc/self/clear_refs")
 class PeakMemory:
     """Context manager that measures the largest resident size of this process.
 
-    On Linux the kernel's high-water mark is reset on entry. Elsewhere the mark covers the whole
-    life of the process, so a later stage can only report at least what an earlier one did.
+    On Linux the kernel's high-water mark is reset on entry. Elsewhere the mark covers the
+    whole life of the process, so a later stage can only report at least what an earlier one
+    did.
 
     Attributes:
         peak_bytes: The mark, after exit.
@@ -25,10 +27,8 @@ class PeakMemory:
         self.peak_bytes = 0
 
     def __enter__(self) -> "PeakMemory":
-        try:
+        with contextlib.suppress(OSError):
             _RESET.write_text("5", encoding="ascii")
-        except OSError:
-            pass
         return self
 
     def __exit__(

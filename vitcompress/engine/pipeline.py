@@ -17,7 +17,7 @@ from vitcompress.recipe import Recipe
 
 __all__ = ["PassRecord", "run_recipe"]
 
-#: Largest change of the outputs, relative to their largest magnitude, that counts as unchanged.
+#: Largest change of the outputs, relative to their largest magnitude, that counts as none.
 FUNCTION_TOLERANCE = 1e-3
 
 
@@ -30,7 +30,7 @@ class PassRecord:
         report: What it reported.
         seconds: Wall time, data included.
         peak_memory_bytes: Largest resident memory of the process while it ran.
-        function_change: Largest change of the float outputs, relative; ``None`` if not checked.
+        function_change: Largest relative change of the float outputs; ``None`` if not checked.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _check(
     change = float(torch.stack(changes).max())  # NaN if any is, unlike the built-in max
     if not change <= FUNCTION_TOLERANCE:
         raise PassError(
-            f"{where}: promises to keep the function, but outputs moved by {change:.2e} relative "
-            f"to their largest; tolerance {FUNCTION_TOLERANCE:.0e}"
+            f"{where}: promises to keep the function, but outputs moved by {change:.2e} "
+            f"relative to their largest; tolerance {FUNCTION_TOLERANCE:.0e}"
         )
     return change

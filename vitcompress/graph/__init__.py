@@ -1,4 +1,4 @@
-"""The captured program: one FX graph of tensor operations, and what can be recognised in it."""
+"""The captured program: one FX graph of tensor operations, and what is recognised in it."""
 
 from vitcompress.graph.capture import capture
 from vitcompress.graph.captured import CapturedGraph, OutputDict, Provenance

@@ -92,10 +92,10 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
             program = torch.export.export(
                 model, (images,), dynamic_shapes=dynamic, strict=False
             )
-            return program.run_decompositions(DECOMPOSITIONS)
-    except (
-        UnsupportedModelError
-    ) as error:  # the exporter appends its own frames to the message
+            decomposed: ExportedProgram = program.run_decompositions(DECOMPOSITIONS)
+            return decomposed
+    except UnsupportedModelError as error:
+        # The exporter appends its own frames to the message.
         raise UnsupportedModelError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the exporter raises many types, none of them public
         raise UnsupportedModelError(f"{name}: {_explain(error)}") from error
@@ -110,13 +110,13 @@ def _explain(error: Exception) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', text)
     where = f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
     return (
-        f"torch.export cannot trace it{where}: {first}. Usual cures: replace branches on tensor "
-        "values by torch.where, pass one image tensor, and fix the image size"
+        f"torch.export cannot trace it{where}: {first}. Usual cures: replace branches on "
+        "tensor values by torch.where, pass one image tensor, and fix the image size"
     )
 
 
 def _only_input(graph: fx.Graph, name: str) -> fx.Node:
-    placeholders = list(graph.find_nodes(op="placeholder"))
+    placeholders: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     if len(placeholders) != 1:
         raise UnsupportedModelError(
             f"{name}: expected one image input, found {[n.name for n in placeholders]}"
@@ -125,7 +125,7 @@ def _only_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """Return a flat name for each output: ``logits``, ``hidden_states.3``, ``""`` for a tensor."""
+    """Return a flat name for each output: ``logits``, ``hidden_states.3``, ``""`` if bare."""
     spec = program.call_spec.out_spec
     assert spec is not None
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
@@ -147,7 +147,7 @@ def _attribute(module: nn.Module, name: str) -> Tensor:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for library in ("vitcompress", "timm", "torchvision", "transformers"):
         try:
             found[library] = metadata.version(library)

@@ -48,7 +48,7 @@ class CapturedGraph:
 
     Attributes:
         module: The graph with its tensors and quantizers.
-        output_names: One for each output; a single ``""`` means the model returned a bare tensor.
+        output_names: One for each output; a single ``""`` if the model returned a bare tensor.
         provenance: Where it came from.
     """
 
@@ -80,7 +80,8 @@ class CapturedGraph:
     @property
     def input_node(self) -> fx.Node:
         """The placeholder of the images."""
-        return next(iter(self.graph.find_nodes(op="placeholder")))
+        found: fx.Node = next(iter(self.graph.find_nodes(op="placeholder")))
+        return found
 
     @property
     def output_node(self) -> fx.Node:
@@ -176,7 +177,7 @@ class CapturedGraph:
                 )
 
     def __call__(self, images: Tensor) -> Tensor | OutputDict:
-        """Return the model's output for ``[B, C, H, W]`` images: a tensor, or named tensors."""
+        """Return the model's output for images ``[B, C, H, W]``: one tensor, or named ones."""
         return self.wrap(self.module(images))
 
     def wrap(self, outputs: tuple[Tensor, ...]) -> Tensor | OutputDict:
@@ -186,7 +187,7 @@ class CapturedGraph:
         return OutputDict(zip(self.output_names, outputs, strict=True))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the classifier's output, ``[B, O]``: the output called logits, or the first."""
+        """Return the classifier's output, ``[B, O]``: the one called logits, or the first."""
         outputs: tuple[Tensor, ...] = self.module(images)
         index = self.output_names.index("logits") if "logits" in self.output_names else 0
         return outputs[index]

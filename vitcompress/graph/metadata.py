@@ -1,12 +1,22 @@
-"""What every node of a captured graph carries: tensor shape, dtype and the module it came from."""
+"""What every node of a captured graph carries: shape, dtype, module of origin, arguments."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["ModulePath", "TensorInfo", "info", "module_path", "set_info"]
+__all__ = [
+    "ModulePath",
+    "TensorInfo",
+    "info",
+    "int_argument",
+    "list_argument",
+    "module_path",
+    "node_argument",
+    "set_info",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,30 @@ def module_path(node: fx.Node) -> ModulePath:
     """Return the module a node belongs to; the model itself where nothing is known."""
     found: ModulePath = node.meta.get("module", ModulePath("", ""))
     return found
+
+
+# Arguments. The operator's schema fixes their types; FX knows only a union of everything.
+
+
+def node_argument(node: fx.Node, index: int) -> fx.Node:
+    """Return an argument that is the value of another node."""
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def int_argument(node: fx.Node, index: int) -> int:
+    """Return an argument that is a whole number: an axis, an index."""
+    argument = node.args[index]
+    assert isinstance(argument, int)
+    return argument
+
+
+def list_argument(node: fx.Node, index: int) -> Sequence[Any]:
+    """Return an argument that is a list: axes, extents, paddings; symbolic ones are nodes."""
+    argument = node.args[index]
+    assert isinstance(argument, (list, tuple))
+    return argument
 
 
 def translate_metadata(node: fx.Node, batch_symbol: str | None) -> None:

@@ -16,7 +16,13 @@ from vitcompress.errors import UnsupportedModelError
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import constant_node
-from vitcompress.graph.metadata import ModulePath, info, module_path
+from vitcompress.graph.metadata import (
+    ModulePath,
+    info,
+    list_argument,
+    module_path,
+    node_argument,
+)
 from vitcompress.graph.ops import is_op
 
 __all__ = ["DECOMPOSITIONS", "normalize"]
@@ -35,7 +41,7 @@ def lower_attention(
 ) -> Tensor:
     """Return fused attention as matmul, softmax, matmul, so that its operands are sites.
 
-    The factor is applied to the scores: query and key stay unscaled, as RepQ-ViT quantizes them.
+    The factor is applied to the scores: query and key stay unscaled, as in RepQ-ViT.
 
     Args:
         query: ``[..., N, D]``.
@@ -104,11 +110,11 @@ def _is_identity(node: fx.Node) -> bool:
     if is_op(node, ops.CAST):
         return info(source) == info(node)
     if is_op(node, ops.PAD):
-        return not any(node.args[1])
+        return not any(list_argument(node, 1))
     if is_op(node, ops.PICK, ops.RESHAPE):
         return info(source) == info(node)
     if is_op(node, ops.ROLL):
-        return not any(node.args[1])
+        return not any(list_argument(node, 1))
     return False
 
 
@@ -128,11 +134,14 @@ def _fold_constants(captured: CapturedGraph) -> None:
         elif is_op(node, ops.FILL) and all(isinstance(e, int) for e in info(node).shape):
             # Reads only the dtype of its input, and writes a value known now.
             constants[node] = _filled(node)
-        elif node.op == "call_function" and not is_op(node, ops.RANDOM):
-            if all(source in constants for source in node.all_input_nodes):
-                arguments = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
-                with torch.no_grad():
-                    constants[node] = node.target(*arguments[0], **arguments[1])
+        elif (
+            node.op == "call_function"
+            and not is_op(node, ops.RANDOM)
+            and all(source in constants for source in node.all_input_nodes)
+        ):
+            arguments = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
+            with torch.no_grad():
+                constants[node] = node.target(*arguments[0], **arguments[1])
     for node, value in constants.items():
         used = any(user not in constants for user in node.users)
         if node.op == "call_function" and used and isinstance(value, Tensor):
@@ -190,7 +199,7 @@ def _foldable_producer(norm: fx.Node) -> fx.Node | None:
             return value if flat else None
         if is_op(value, ops.LINEAR):
             # A linear's channels are its last axis; the norm reads axis 1, so both must agree.
-            shape = info(norm.args[0]).shape  # type: ignore[arg-type]
+            shape = info(node_argument(norm, 0)).shape
             return value if len(shape) == 2 and shape[1] == info(value).shape[-1] else None
         if not is_op(value, ops.RESHAPE) or len(info(value).shape) != 2:
             return None
@@ -210,11 +219,8 @@ def _fold_into(
     gamma, beta, mean, variance = (None if s is None else s.double() for s in statistics)
     assert mean is not None
     assert variance is not None
-    weight_node, bias_node = (
-        producer.args[1],
-        producer.args[2] if len(producer.args) > 2 else None,
-    )
-    assert isinstance(weight_node, fx.Node)
+    weight_node = node_argument(producer, 1)
+    bias_node = producer.args[2] if len(producer.args) > 2 else None
     weight = captured.parameter(str(weight_node.target)).double()
     factor = torch.rsqrt(variance + eps)
     if gamma is not None:

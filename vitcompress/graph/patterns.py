@@ -1,7 +1,7 @@
 """Structures recognised in a captured graph: attention, norm-linear groups, blocks.
 
-Recognition looks at operations, never at names. It is computed from the graph on each call, so it
-cannot go stale, and it sees through quantizers that are already in place.
+Recognition looks at operations, never at names. It is computed from the graph on each call, so
+it cannot go stale, and it sees through quantizers that are already in place.
 """
 
 import re
@@ -13,7 +13,13 @@ from torch import fx
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
-from vitcompress.graph.metadata import info, module_path
+from vitcompress.graph.metadata import (
+    info,
+    int_argument,
+    list_argument,
+    module_path,
+    node_argument,
+)
 from vitcompress.graph.ops import is_op
 
 __all__ = [
@@ -128,9 +134,9 @@ def norm_linear_groups(
 ) -> tuple[list[NormLinearGroup], list[tuple[fx.Node, str]]]:
     """Return the groups, and each other norm with the reason why it is none.
 
-    A norm qualifies when every path from it ends in a linear, through operations that only move
-    tokens about: reshapes that keep the last axis, permutations that leave it last, rolls,
-    selections, zero padding. Its tensors must not serve anything else.
+    A norm qualifies when every path from it ends in a linear, through operations that only
+    move tokens about: reshapes that keep the last axis, permutations that leave it last,
+    rolls, selections, zero padding. Its tensors must not serve anything else.
     """
     found, rejected = [], []
     for norm in captured.graph.nodes:
@@ -148,8 +154,9 @@ def norm_linear_groups(
 
 
 def _reason_against_norm(norm: fx.Node) -> str | None:
-    if len(norm.args[1]) != 1:  # type: ignore[arg-type]
-        return f"normalises over {len(norm.args[1])} axes"  # type: ignore[arg-type]
+    axes = len(list_argument(norm, 1))
+    if axes != 1:
+        return f"normalises over {axes} axes"
     for tensor in norm.args[2:4]:
         if isinstance(tensor, fx.Node) and (tensor.op != "get_attr" or len(tensor.users) > 1):
             return "its weight or bias serves another node"
@@ -170,7 +177,7 @@ def _follow(
         elif is_quantizer(user):
             reason = _follow(user, user, pads, found)
         elif is_op(user, ops.PAD) and _pads_with_zero(user):
-            last_axis_padded = any(user.args[1][:2])  # type: ignore[index]
+            last_axis_padded = any(list_argument(user, 1)[:2])
             reason = "channels are padded" if last_axis_padded else None
             reason = reason or _follow(user, quantizer, (*pads, user), found)
         elif _keeps_channels(user, value):
@@ -185,8 +192,7 @@ def _follow(
 def _reason_against_linear(linear: fx.Node, value: fx.Node) -> str | None:
     if linear.args[0] is not value:
         return f"{linear.name} uses it as a weight"
-    weight = linear.args[1]
-    assert isinstance(weight, fx.Node)
+    weight = node_argument(linear, 1)
     stored = weight.args[0] if is_quantizer(weight) else weight
     if not isinstance(stored, fx.Node) or stored.op != "get_attr":
         return f"the weight of {linear.name} is computed"
@@ -196,8 +202,8 @@ def _reason_against_linear(linear: fx.Node, value: fx.Node) -> str | None:
 
 
 def _pads_with_zero(pad: fx.Node) -> bool:
-    mode = pad.args[2] if len(pad.args) > 2 else "constant"
-    filler = pad.args[3] if len(pad.args) > 3 else 0.0
+    mode: object = pad.args[2] if len(pad.args) > 2 else "constant"
+    filler: object = pad.args[3] if len(pad.args) > 3 else 0.0
     if isinstance(mode, (int, float)):  # constant_pad_nd(x, pad, value)
         mode, filler = "constant", mode
     return mode == "constant" and not filler
@@ -212,14 +218,15 @@ def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
         # Row-major order: an unchanged last extent means an unchanged last axis.
         return info(node).shape[-1] == channels
     if is_op(node, ops.PERMUTE):
-        return node.args[1][-1] % rank == rank - 1  # type: ignore[index,operator]
+        last: int = list_argument(node, 1)[-1]
+        return last % rank == rank - 1
     if is_op(node, ops.TRANSPOSE):
-        return all(axis % rank != rank - 1 for axis in node.args[1:])  # type: ignore[operator]
+        return all(int_argument(node, index) % rank != rank - 1 for index in (1, 2))
     if is_op(node, ops.ROLL):
-        return all(axis % rank != rank - 1 for axis in node.args[2])  # type: ignore[union-attr]
+        return all(axis % rank != rank - 1 for axis in list_argument(node, 2))
     if is_op(node, ops.PICK, ops.SELECT):
-        axis = node.args[1] if len(node.args) > 1 else 0
-        return axis % rank != rank - 1  # type: ignore[operator]
+        axis = int_argument(node, 1) if len(node.args) > 1 else 0
+        return axis % rank != rank - 1
     return False
 
 
@@ -253,7 +260,7 @@ def blocks(captured: CapturedGraph) -> list[Block]:
 
 
 def _numbered_prefixes(path: str) -> list[str]:
-    """Return proper prefixes whose last part ends in a digit: ``blocks.3`` of ``blocks.3.attn``."""
+    """Return proper prefixes that end in a digit: ``blocks.3`` of ``blocks.3.attn``."""
     parts = path.split(".")
     return [
         ".".join(parts[:length])

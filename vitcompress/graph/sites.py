@@ -8,7 +8,7 @@ from torch import fx
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
-from vitcompress.graph.metadata import info, module_path
+from vitcompress.graph.metadata import info, module_path, node_argument
 from vitcompress.graph.ops import is_op
 from vitcompress.graph.patterns import attentions, producer
 
@@ -54,18 +54,14 @@ class QuantizationSite:
     @property
     def value(self) -> fx.Node:
         """The tensor that is quantized, in front of the quantizer if there is one."""
-        source = self.reader.args[self.index]
-        assert isinstance(source, fx.Node)
-        if is_quantizer(source):
-            source = source.args[0]
-        assert isinstance(source, fx.Node)
-        return source
+        source = node_argument(self.reader, self.index)
+        return node_argument(source, 0) if is_quantizer(source) else source
 
     @property
     def quantizer(self) -> str | None:
         """Target of the quantizer on this edge, or ``None``."""
-        source = self.reader.args[self.index]
-        return str(source.target) if is_quantizer(source) else None  # type: ignore[union-attr]
+        source = node_argument(self.reader, self.index)
+        return str(source.target) if is_quantizer(source) else None
 
     @property
     def module(self) -> str:
@@ -81,8 +77,8 @@ class QuantizationSite:
 def enumerate_sites(captured: CapturedGraph) -> dict[str, QuantizationSite]:
     """Return every site by name, in graph order.
 
-    Values computed without an image (constants) are no activation sites. Names come from module
-    paths and ports, and an ordinal where one module has several.
+    Values computed without an image (constants) are no activation sites. Names come from
+    module paths and ports, and an ordinal where one module has several.
     """
     products: dict[tuple[fx.Node, int], Role] = {}
     cores: set[fx.Node] = set()
@@ -123,25 +119,22 @@ def _add(
     while name in sites:
         ordinal += 1
         name = f"{stem}.{ordinal}"
-    source = reader.args[index]
-    assert isinstance(source, fx.Node)
-    shape = tuple(e if isinstance(e, int) else None for e in info(source).shape)
+    source = info(node_argument(reader, index))
+    shape = tuple(e if isinstance(e, int) else None for e in source.shape)
     sites[name] = QuantizationSite(name, role, reader, index, shape, axis)
 
 
 def _is_stored(argument: object) -> bool:
     """Return whether an argument is a stored tensor, quantized or not."""
-    if is_quantizer(argument):
-        argument = argument.args[0]  # type: ignore[attr-defined]
+    if isinstance(argument, fx.Node) and is_quantizer(argument):
+        argument = argument.args[0]
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
 def _input_role(reader: fx.Node, cores: set[fx.Node], heads: set[fx.Node]) -> Role:
     if reader in heads:
         return Role.HEAD_INPUT
-    argument = reader.args[0]
-    assert isinstance(argument, fx.Node)
-    source = producer(argument)
+    source = producer(node_argument(reader, 0))
     if source.op == "placeholder":
         return Role.PATCH_INPUT
     if is_op(source, ops.LAYER_NORM):

@@ -1,7 +1,7 @@
 """Uniform quantization: scale and zero point from a range, codes, and back.
 
-Rounding is half to even, division by the scale is a division, and the zero point is added after
-rounding: the semantics of ONNX ``QuantizeLinear`` and ``DequantizeLinear``.
+Rounding is half to even, division by the scale is a division, and the zero point is added
+after rounding: the semantics of ONNX ``QuantizeLinear`` and ``DequantizeLinear``.
 """
 
 import torch
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def code_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Return ``(qmin, qmax)``: signed codes for a symmetric format, unsigned ones otherwise."""
+    """Return ``(qmin, qmax)``: signed codes if the format is symmetric, else unsigned."""
     if symmetric:
         return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return 0, 2**bits - 1
@@ -43,8 +43,8 @@ def affine_parameters(
         symmetric: Codes centred on 0 with zero point 0; the wider end decides.
 
     Returns:
-        ``(scale, zero_point)``, both of the shape of ``low`` and float. An asymmetric zero point
-        is a whole number, and lies in ``[0, 2^bits - 1]`` when ``low <= 0 <= high``.
+        ``(scale, zero_point)``, both of the shape of ``low`` and float. An asymmetric zero
+        point is a whole number, and lies in ``[0, 2^bits - 1]`` when ``low <= 0 <= high``.
     """
     absmax = torch.maximum(low.abs(), high.abs())
     if symmetric:

@@ -29,18 +29,18 @@ def log_codes(
         strict: The largest code means zero. Otherwise zero is an extra code ``2^bits``.
 
     Returns:
-        Float whole numbers in ``[0, 2^bits - 1]`` (``2^bits`` when not strict). Zero and values
-        too small for the last power get the zero code.
+        Float whole numbers in ``[0, 2^bits - 1]`` (``2^bits`` when not strict). Zero and
+        values too small for the last power get the zero code.
     """
     zero_code = 2**bits - 1 if strict else 2**bits
-    # log2(0) is -inf and lands on the zero code; negative values are not probabilities but must
-    # not become NaN codes.
+    # log2(0) is -inf and lands on the zero code; negative values are not probabilities but
+    # must not become NaN codes.
     codes = torch.round(-steps_per_octave * torch.log2(torch.clamp(x, min=0.0) / scale))
     return torch.clamp(codes, 0, zero_code)
 
 
 def log_table(*, bits: int, steps_per_octave: int, strict: bool) -> Tensor:
-    """Return the value of each code for scale 1, ``[2^bits]`` float32 (one more if not strict)."""
+    """Return each code's value at scale 1, ``[2^bits]`` float32 (one more if not strict)."""
     powers = 2**bits - 1 if strict else 2**bits
     codes = torch.arange(powers, dtype=torch.float32)
     if steps_per_octave == 1:

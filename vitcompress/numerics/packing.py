@@ -1,8 +1,8 @@
 """Codes of 2, 3 and 4 bits packed into bytes.
 
-Bit order, stated once: code i occupies bits ``i * bits`` to ``i * bits + bits - 1`` of the whole,
-counted from the least significant bit of byte 0. For 4 and 2 bits this is the layout of ONNX
-INT4 and INT2 (low nibble first); 3 bits straddle bytes, eight codes in three.
+Bit order, stated once: code i occupies bits ``i * bits`` to ``i * bits + bits - 1`` of the
+whole, counted from the least significant bit of byte 0. For 4 and 2 bits this is the layout of
+ONNX INT4 and INT2 (low nibble first); 3 bits straddle bytes, eight codes in three.
 """
 
 import numpy as np
@@ -53,4 +53,5 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     if not signed:
         return unsigned
     half = 2 ** (bits - 1)
-    return ((unsigned.to(torch.int16) + half) % (2 * half) - half).to(torch.int8)
+    centred: Tensor = (unsigned.to(torch.int16) + half) % (2 * half) - half
+    return centred.to(torch.int8)

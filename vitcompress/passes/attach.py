@@ -163,6 +163,6 @@ class Attach:
             for glob in rule.sites:
                 if not any(fnmatchcase(name, glob) for name in sites):
                     raise ConfigError(
-                        f"rules[{position}].sites: '{glob}' matches none of {len(sites)} sites; "
-                        "`vitcompress inspect` lists them"
+                        f"rules[{position}].sites: '{glob}' matches none of "
+                        f"{len(sites)} sites; `vitcompress inspect` lists them"
                     )

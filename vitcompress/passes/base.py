@@ -1,4 +1,4 @@
-"""The contract of a pass: declare statistics, apply, report; and the facts that order passes."""
+"""The contract of a pass: declare statistics, apply, report; the facts that order passes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +122,7 @@ class Pass(Protocol):
     forbids: ClassVar[frozenset[Fact]]
     provides: frozenset[Fact]  # an instance may claim less than its class, by its settings
     preserves_function: ClassVar[bool]
+    config: Any  # an instance of ``config_type``
 
     def __init__(self, config: Any) -> None: ...
 

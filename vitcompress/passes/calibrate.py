@@ -23,7 +23,7 @@ from vitcompress.calibration import (
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
 from vitcompress.graph.edit import is_quantizer
-from vitcompress.graph.metadata import info
+from vitcompress.graph.metadata import info, node_argument
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
 from vitcompress.quantizers import PerTensor, Quantizer
 
@@ -203,10 +203,9 @@ def _linear_reader(
     """Return ``x -> x W^T`` for the input of a linear, ``None`` for other sites."""
     if site.operation != "linear" or site.index != 0:
         return None
-    weight_node = site.reader.args[1]
-    assert isinstance(weight_node, fx.Node)
+    weight_node = node_argument(site.reader, 1)
     if is_quantizer(weight_node):
-        weight_node = weight_node.args[0]  # type: ignore[assignment]
+        weight_node = node_argument(weight_node, 0)
     weight = graph.parameter(str(weight_node.target))
     return lambda x: x @ weight.T
 

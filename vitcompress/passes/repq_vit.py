@@ -1,11 +1,11 @@
 """RepQ-ViT: fold per-channel activation quantizers into LayerNorm and the linears behind it.
 
-Source: Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of
-Vision Transformers", ICCV 2023, arXiv:2212.08254; section numbers as there.
-Deviations of the default, strict mode, each because the published form is not a b-bit code that a
-runtime can execute: the common zero point is rounded and clamped to the codes; scale ratios are
-clipped, so that a constant channel cannot divide by zero. ``mode: paper`` keeps the published
-real-valued zero point, with constant channels given the mean scale of the others.
+Source: Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Training Quantization
+of Vision Transformers", ICCV 2023, arXiv:2212.08254; section numbers as there.
+Deviations of the default, strict mode, each because the published form is not a b-bit code
+that a runtime can execute: the common zero point is rounded and clamped to the codes; scale
+ratios are clipped, so that a constant channel cannot divide by zero. ``mode: paper`` keeps
+the published real-valued zero point, and gives constant channels the mean scale of the others.
 The logarithm of section 3.3 is a number format (``log_sqrt2``), attached by the recipe.
 """
 
@@ -20,7 +20,7 @@ from vitcompress.calibration import RangeConfig, Request, search_range
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import call_after, constant_node, is_quantizer, replace_quantizer
-from vitcompress.graph.metadata import module_path
+from vitcompress.graph.metadata import list_argument, module_path, node_argument
 from vitcompress.graph.patterns import Consumer, NormLinearGroup, norm_linear_groups
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
 from vitcompress.quantizers import Affine, PerChannel, PerTensor, QuantSpec
@@ -89,8 +89,8 @@ def fold_parameters(
         config: ``mode`` and ``max_ratio`` are read.
 
     Returns:
-        The fold, float64. In strict mode the zero point is a code and r2 is whole, so that every
-        code the quantizer gives stays what it was.
+        The fold, float64. In strict mode the zero point is a code and r2 is whole, so that
+        every code the quantizer gives stays what it was.
     """
     lively = ~degenerate if bool((~degenerate).any()) else torch.ones_like(degenerate)
     common = scale[lively].mean()
@@ -249,14 +249,14 @@ def _per_channel_quantizers(
 
 def _norm_affine(graph: CapturedGraph, norm: fx.Node) -> tuple[Tensor, Tensor]:
     """Return gamma and beta, float64; 1 and 0 where the norm has none."""
-    channels = norm.args[1][0]  # type: ignore[index]
+    channels = list_argument(norm, 1)[0]
     stored: list[Tensor] = []
     for position, default in ((2, 1.0), (3, 0.0)):
         node = norm.args[position] if len(norm.args) > position else None
         if isinstance(node, fx.Node):
             stored.append(graph.parameter(str(node.target)).double())
         else:
-            stored.append(torch.full((channels,), default, dtype=torch.float64))  # type: ignore[arg-type]
+            stored.append(torch.full((channels,), default, dtype=torch.float64))
     return stored[0], stored[1]
 
 
@@ -281,8 +281,7 @@ def _behind_quantizer(node: Any) -> fx.Node:
 
 def _pad_with(graph: CapturedGraph, pad: fx.Node, value: Tensor) -> None:
     """Make a zero padding pad with ``value`` along the channels: pad(x - value) + value."""
-    source = pad.args[0]
-    assert isinstance(source, fx.Node)
+    source = node_argument(pad, 0)
     constant = constant_node(graph, pad, "pad_value", value)
     with graph.graph.inserting_before(pad):
         moved = graph.graph.call_function(ops.sub, (source, constant))

@@ -49,7 +49,8 @@ class Affine(Quantizer):
 
     def levels(self) -> int:
         # A zero point between two codes puts both clamp edges off the grid: one level more.
-        return 2**self.spec.bits + int(self._fractional())
+        on_grid: int = 2**self.spec.bits
+        return on_grid + int(self._fractional())
 
     def defect(self) -> str | None:
         qmin, qmax = self.bounds

@@ -1,7 +1,7 @@
 """The quantizer module: parameters in, fake-quantized values or integer codes out.
 
-The law of every format: ``forward(x)`` equals ``dequantize(quantize(x))`` bit for bit. It holds
-by construction, since ``forward`` is written that way.
+The law of every format: ``forward(x)`` equals ``dequantize(quantize(x))`` bit for bit. It
+holds by construction, since ``forward`` is written that way.
 """
 
 from abc import ABC, abstractmethod

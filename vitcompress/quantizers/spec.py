@@ -58,7 +58,7 @@ class PerHead(PerChannel):
 
 @dataclass(frozen=True)
 class PerGroup(PerTensor):
-    """One set for each ``size`` neighbours of an output row: ``[576, 192]`` of 64 has 576 x 3."""
+    """One set per ``size`` neighbours of an output row: ``[576, 192]`` of 64 has 576 x 3."""
 
     size: int = 64
 

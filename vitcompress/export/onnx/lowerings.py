@@ -2,9 +2,9 @@
 
 Facts behind the spellings (measured, see the deployment notes in the documentation): a linear
 runs as integers in onnxruntime only as ``Gemm`` whose inputs all come straight from a
-``DequantizeLinear``, the int32 bias included; INT4 weights only behind a ``Cast`` to INT8, which
-is folded when the session is made; a signed left operand is many times slower than an unsigned
-one, so activations are stored as uint8 whatever their sign.
+``DequantizeLinear``, the int32 bias included; INT4 weights only behind a ``Cast`` to INT8,
+which is folded when the session is made; a signed left operand is many times slower than an
+unsigned one, so activations are stored as uint8 whatever their sign.
 """
 
 from collections.abc import Mapping, Sequence
@@ -244,9 +244,8 @@ class Lowering:
         else:
             assert isinstance(quantizer, Affine)
             codes = self._activation_codes(node, quantizer)
-            result = self._dequantize(
-                node, codes, *self._activation_scale(quantizer), **_axis(quantizer)
-            )
+            scale, point = self._activation_scale(quantizer)
+            result = self._dequantize(node, codes, scale, point, **_axis(quantizer))
         self._replace(node, result)
 
     def _activation_codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
@@ -312,7 +311,7 @@ class Lowering:
         codes: ir.Value,
         scale: NDArray[Any],
         point: NDArray[Any],
-        **attributes: int,
+        **attributes: Any,
     ) -> ir.Value:
         inputs = [codes, self._constant(scale), self._constant(point)]
         return self._add(node, "DequantizeLinear", inputs, **attributes)

@@ -28,7 +28,7 @@ DOMAIN = "vitcompress"
 
 
 class _QuantizerMarker(nn.Module):
-    """Stands for a quantizer: on activations it quantizes, on stored weights it dequantizes."""
+    """Stands for a quantizer: it quantizes activations and dequantizes stored weights."""
 
     def __init__(self, target: str, frozen: bool) -> None:
         super().__init__()

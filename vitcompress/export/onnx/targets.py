@@ -15,9 +15,9 @@ class Target:
     Attributes:
         name: Name on the command line.
         opset: ONNX opset of the file, unless 2-bit storage needs a later one.
-        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing, which
-            runtimes fold when they load and then run as INT8; ``direct`` dequantizes the stored
-            type itself.
+        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing,
+            which runtimes fold when they load and then run as INT8; ``direct`` dequantizes the
+            stored type itself.
         linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
             onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
         integer_linears: Whether every quantized linear must run as integers in onnxruntime.
@@ -40,7 +40,9 @@ TARGETS: dict[str, Target] = {
             low_bit_weights="cast",
             linear="gemm",
             integer_linears=True,
-            description="onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8",
+            description=(
+                "onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8"
+            ),
         ),
         Target(
             name="generic",

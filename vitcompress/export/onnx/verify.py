@@ -1,7 +1,7 @@
 """Does the file run, agree with the graph it came from, and run as integers?
 
-The runtime works in a process of its own: a crash in native code then fails the verification and
-not the caller. What it ran as is read from the graph that the runtime itself optimised.
+The runtime works in a process of its own: a crash in native code then fails the verification
+and not the caller. What it ran as is read from the graph that the runtime itself optimised.
 """
 
 import json

@@ -144,7 +144,7 @@ class CompressedModel:
 
 
 def quantize(
-    model: nn.Module | LoadedModel,
+    model: nn.Module | LoadedModel | CapturedGraph,
     *,
     bits: int | None = None,
     scheme: str | Scheme | None = None,
@@ -156,7 +156,8 @@ def quantize(
     """Return a quantized copy of a model, with a report.
 
     Args:
-        model: Any module from images to logits; left as it was.
+        model: Any module from images to logits, or a graph captured from one (which saves the
+            capture where one model is quantized several times); left as it was.
         bits: Weight bits; activations take 8, which is what runtimes execute.
         scheme: Both widths, e.g. ``W4A4``; instead of ``bits``.
         recipe: Name, file or object; the default of the scheme if not given.
@@ -172,13 +173,11 @@ def quantize(
     """
     chosen = resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=overrides)
     stages: list[StageEntry] = []
-    module = model.module if isinstance(model, LoadedModel) else model
-    name = model_id or (model.name if isinstance(model, LoadedModel) else "")
     source = _bound_source(model, source)
     with _stage("read images", stages):
         source_digest, first = source.digest(), next(iter(source)).images
     with _stage("capture", stages):
-        reference = capture(module, first[:2], model_id=name)
+        reference = _captured(model, first[:2], model_id)
     with _stage("compress", stages):
         graph, records = run_recipe(chosen, reference, source)
     with _stage("measure", stages):
@@ -287,8 +286,19 @@ def resolve_recipe(
     return load_recipe(recipe, scheme=chosen, overrides=overrides)
 
 
+def _captured(
+    model: nn.Module | LoadedModel | CapturedGraph, images: Tensor, model_id: str
+) -> CapturedGraph:
+    if isinstance(model, CapturedGraph):
+        return model
+    if isinstance(model, LoadedModel):
+        return capture(model.module, images, model_id=model_id or model.name)
+    return capture(model, images, model_id=model_id)
+
+
 def _bound_source(
-    model: nn.Module | LoadedModel, source: calib.Source | CalibrationSource | None
+    model: nn.Module | LoadedModel | CapturedGraph,
+    source: calib.Source | CalibrationSource | None,
 ) -> Any:
     """Return the source with the model's preprocessing where it has none of its own."""
     if source is None:
@@ -297,6 +307,8 @@ def _bound_source(
         return source
     if isinstance(model, LoadedModel):
         return source.with_preprocessing(model.preprocessing)
+    if isinstance(model, CapturedGraph):
+        return source  # carries no preprocessing; a source that needs one will say so
     return source.with_preprocessing(from_attributes(type(model).__name__, model, None))
 
 

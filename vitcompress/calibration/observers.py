@@ -11,8 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vitcompress.numerics.metrics import sqnr_db
-
 __all__ = [
     "ChannelAbsMax",
     "Histogram",
@@ -102,7 +100,10 @@ class SecondMoment(Observer):
 
 
 class QuantizationNoise(Observer):
-    """Signal and noise power under a quantizer; ``result`` is the ratio in dB, scalar.
+    """Signal-to-noise ratio under a quantizer; ``result`` is that of the median channel in dB.
+
+    The median channel rather than all together: where one channel is huge, its power alone
+    would make the ratio look good however little is left of the others.
 
     Args:
         quantizer: Maps values to their approximation.
@@ -110,18 +111,32 @@ class QuantizationNoise(Observer):
 
     def __init__(self, quantizer: Callable[[Tensor], Tensor]) -> None:
         self.quantizer = quantizer
-        self.signal = self.noise = 0.0
+        self.signal: Tensor | None = None
+        self.noise: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        self.signal += float(x.square().sum(dtype=torch.float64))
-        self.noise += float((self.quantizer(x) - x).square().sum(dtype=torch.float64))
+        rows = x.reshape(-1, x.shape[-1])
+        noise = (self.quantizer(x) - x).reshape(-1, x.shape[-1])
+        self._add(
+            rows.square().sum(dim=0, dtype=torch.float64),
+            noise.square().sum(dim=0, dtype=torch.float64),
+        )
 
     def merge(self, other: Self) -> None:
-        self.signal += other.signal
-        self.noise += other.noise
+        if other.signal is not None and other.noise is not None:
+            self._add(other.signal, other.noise)
 
     def result(self) -> Tensor:
-        return torch.tensor(sqnr_db(self.signal, self.noise), dtype=torch.float64)
+        assert self.signal is not None, "observer saw no data"
+        assert self.noise is not None
+        alive = self.signal > 0
+        if not bool(alive.any()):
+            return torch.tensor(float("inf"), dtype=torch.float64)
+        return (10.0 * torch.log10(self.signal[alive] / self.noise[alive])).median()
+
+    def _add(self, signal: Tensor, noise: Tensor) -> None:
+        self.signal = signal if self.signal is None else self.signal + signal
+        self.noise = noise if self.noise is None else self.noise + noise
 
 
 class Histogram(Observer):

@@ -1,11 +1,11 @@
 """Refine the ranges of the noisiest sites by what the whole network answers.
 
-Ours; no paper. A few channels of a trained vision transformer carry activations hundreds of times
-larger than the rest (Sun et al., "Massive Activations in Large Language Models", COLM 2024,
-arXiv:2402.17762, section 5 for vision transformers). Judged by the error at the site itself, a
-range must cover them, and leaves every other channel a handful of codes. The network hardly reads
-their size: the next LayerNorm divides by it. So the few sites whose own noise stands out are given
-the range under which the logits move least.
+Ours; no paper. A few channels of a trained vision transformer carry activations hundreds of
+times larger than the rest (Sun et al., "Massive Activations in Large Language Models", COLM
+2024, arXiv:2402.17762, section 5 for vision transformers). Judged by the error at the site
+itself, a range must cover them, and leaves every other channel a handful of codes. The network
+hardly reads their size: the next LayerNorm divides by it. So the few sites whose own noise
+stands out are given the range under which the logits move least.
 """
 
 import math
@@ -32,8 +32,8 @@ class RefineRangesConfig:
     """Settings of refine_ranges.
 
     Attributes:
-        margin_db: A site qualifies when its signal-to-noise ratio lies this far below the median
-            of all activation sites.
+        margin_db: A site qualifies when its signal-to-noise ratio lies this far below the
+            median of all activation sites.
         sites: Most sites refined, noisiest first.
         steps: Ranges tried at each site; each costs one run over the calibration images.
         smallest: Least fraction of the range that is tried, in (0, 1).
@@ -105,15 +105,20 @@ class RefineRanges:
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
         candidates = _candidates(graph)
         return [
-            *(Request(s.name, partial(QuantizationNoise, quantizer)) for s, quantizer in candidates),
+            *(
+                Request(s.name, partial(QuantizationNoise, quantizer))
+                for s, quantizer in candidates
+            ),
             *(Request(site.name, MinMax) for site, _ in candidates),
         ]
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
         candidates = {site.name: quantizer for site, quantizer in _candidates(graph)}
-        noise_db = {
-            name: float(context.statistics.get(name, QuantizationNoise)) for name in candidates
-        }
+        noise_db: dict[str, float] = {}
+        for name in candidates:
+            ratio = context.statistics.get(name, QuantizationNoise)
+            assert isinstance(ratio, Tensor)
+            noise_db[name] = float(ratio)
         chosen = outstanding(noise_db, self.config)
         refined: dict[str, list[float]] = {}
         if chosen:

@@ -1,0 +1,108 @@
+"""How accurate is each recipe at each width on the two real models?
+
+Simulated in torch, and with ``--onnx`` executed in onnxruntime on all images as well: file
+size, integer coverage, agreement. Left out: speed.
+
+    python benchmarks/bench_accuracy.py --recipes repq_vit_paper,repq_vit --schemes W8A8,W4A4
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from harness import calibration, evaluation, load_asset, recording
+
+from vitcompress.engine import run_recipe
+from vitcompress.evaluate import evaluate, logits_of, onnx_predictor
+from vitcompress.export.onnx import export_onnx
+from vitcompress.graph import capture
+from vitcompress.recipe import Scheme, load_recipe
+from vitcompress.report import ExportEntry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="vit_tiny,deit_tiny")
+    parser.add_argument("--recipes", default="repq_vit_paper,repq_vit,deploy")
+    parser.add_argument("--schemes", default="W8A8,W6A6,W4A8,W4A4")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--onnx", action="store_true", help="export and run every image")
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+
+    with recording("accuracy") as record:
+        for name in arguments.models.split(","):
+            loaded = load_asset(name)
+            images = evaluation(loaded)
+            reference = capture(
+                loaded.module, torch.zeros(2, 3, 224, 224), model_id=loaded.name
+            )
+            with torch.no_grad():
+                eager = evaluate(loaded.module, images, execution="float")
+                captured = evaluate(reference.logits, images, execution="float")
+                known = torch.cat([reference.logits(batch.images) for batch in images])
+            record(
+                model=name,
+                recipe="float",
+                eager_top1_percent=eager.top1_percent,
+                captured_top1_percent=captured.top1_percent,
+            )
+            for recipe_name in arguments.recipes.split(","):
+                for scheme in arguments.schemes.split(","):
+                    recipe = load_recipe(
+                        recipe_name, scheme=Scheme.parse(scheme), overrides=arguments.set
+                    )
+                    for seed in map(int, arguments.seeds.split(",")):
+                        source = calibration(loaded, seed=seed)
+                        graph, records = run_recipe(recipe, reference, source)
+                        entry = evaluate(graph.logits, images, reference=Replay(known))
+                        figures = {
+                            "model": name,
+                            "recipe": recipe_name,
+                            "scheme": scheme,
+                            "seed": seed,
+                            "overrides": arguments.set,
+                            "top1_percent": entry.top1_percent,
+                            "float_top1_percent": entry.reference_top1_percent,
+                            "agreement_percent": entry.agreement_percent,
+                            "logits_sqnr_db": round(entry.logits_sqnr_db or 0.0, 2),
+                            "seconds": round(sum(r.seconds for r in records), 1),
+                        }
+                        if arguments.onnx:
+                            figures.update(executed(graph, source, images))
+                        record(**figures)
+
+
+class Replay:
+    """Gives known logits again, batch by batch, instead of computing them."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+        self.position = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        start, self.position = self.position, self.position + len(images)
+        return self.logits[start : self.position]
+
+
+def executed(graph, source, images) -> dict[str, object]:
+    """Return what the exported file scores on every image."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        batch = next(iter(source)).images
+        entry = ExportEntry.of(export_onnx(graph, path, batch[:16], target="ort-cpu"))
+        result = evaluate(
+            onnx_predictor(path), images, reference=logits_of(graph), execution="executed"
+        )
+    return {
+        "onnx_bytes": entry.size_bytes,
+        "integer_linears": entry.integer_linears,
+        "linears": entry.linears,
+        "onnx_top1_percent": result.top1_percent,
+        "onnx_agreement_percent": result.agreement_percent,
+    }
+
+
+if __name__ == "__main__":
+    main()

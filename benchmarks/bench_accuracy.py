@@ -8,15 +8,17 @@ size, integer coverage, agreement. Left out: speed.
 
 import argparse
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from harness import calibration, evaluation, load_asset, recording
 
+import calib
 from vitcompress.engine import run_recipe
-from vitcompress.evaluate import evaluate, logits_of, onnx_predictor
+from vitcompress.evaluate import Predictor, evaluate, onnx_predictor
 from vitcompress.export.onnx import export_onnx
-from vitcompress.graph import capture
+from vitcompress.graph import CapturedGraph, capture
 from vitcompress.recipe import Scheme, load_recipe
 from vitcompress.report import ExportEntry
 
@@ -38,15 +40,12 @@ def main() -> None:
             reference = capture(
                 loaded.module, torch.zeros(2, 3, 224, 224), model_id=loaded.name
             )
-            with torch.no_grad():
-                eager = evaluate(loaded.module, images, execution="float")
-                captured = evaluate(reference.logits, images, execution="float")
-                known = torch.cat([reference.logits(batch.images) for batch in images])
+            eager, known = logits(loaded.module, images), logits(reference.logits, images)
             record(
                 model=name,
                 recipe="float",
-                eager_top1_percent=eager.top1_percent,
-                captured_top1_percent=captured.top1_percent,
+                eager_top1_percent=evaluate(Replay(eager), images).top1_percent,
+                captured_top1_percent=evaluate(Replay(known), images).top1_percent,
             )
             for recipe_name in arguments.recipes.split(","):
                 for scheme in arguments.schemes.split(","):
@@ -56,7 +55,8 @@ def main() -> None:
                     for seed in map(int, arguments.seeds.split(",")):
                         source = calibration(loaded, seed=seed)
                         graph, records = run_recipe(recipe, reference, source)
-                        entry = evaluate(graph.logits, images, reference=Replay(known))
+                        found = logits(graph.logits, images)
+                        entry = evaluate(Replay(found), images, reference=Replay(known))
                         figures = {
                             "model": name,
                             "recipe": recipe_name,
@@ -70,8 +70,14 @@ def main() -> None:
                             "seconds": round(sum(r.seconds for r in records), 1),
                         }
                         if arguments.onnx:
-                            figures.update(executed(graph, source, images))
+                            figures.update(executed(graph, found, source, images))
                         record(**figures)
+
+
+@torch.no_grad()
+def logits(model: Predictor, images: Iterable[calib.Batch]) -> torch.Tensor:
+    """Return the logits of all images, ``[N, O]``."""
+    return torch.cat([model(batch.images) for batch in images])
 
 
 class Replay:
@@ -86,15 +92,15 @@ class Replay:
         return self.logits[start : self.position]
 
 
-def executed(graph, source, images) -> dict[str, object]:
+def executed(
+    graph: CapturedGraph, simulated: torch.Tensor, source: calib.Source, images: calib.Source
+) -> dict[str, object]:
     """Return what the exported file scores on every image."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         batch = next(iter(source)).images
         entry = ExportEntry.of(export_onnx(graph, path, batch[:16], target="ort-cpu"))
-        result = evaluate(
-            onnx_predictor(path), images, reference=logits_of(graph), execution="executed"
-        )
+        result = evaluate(onnx_predictor(path), images, reference=Replay(simulated))
     return {
         "onnx_bytes": entry.size_bytes,
         "integer_linears": entry.integer_linears,

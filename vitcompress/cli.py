@@ -41,7 +41,10 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-out = Console()
+#: Columns where the output is a file or a pipe, which has no width of its own.
+PLAIN_WIDTH = 120
+
+out = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(stderr=True)
 
 # Options that several commands share.

@@ -107,8 +107,10 @@ def _print_worst(console: Console, sites: Sequence[SiteEntry]) -> None:
     if not sites:
         return
     table = Table(title="noisiest activation sites", title_justify="left")
-    for column in ("site", "SQNR dB", "range", "peak / rms", "ruled by"):
-        table.add_column(column, justify="left" if column in ("site", "ruled by") else "right")
+    table.add_column("site", overflow="fold")
+    for column in ("SQNR dB", "range", "peak / rms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("ruled by")
     for site in sites:
         table.add_row(
             escape(site.site),

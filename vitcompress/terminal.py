@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vitcompress.graph import CapturedGraph, Role, enumerate_sites
+from vitcompress.graph import CapturedGraph, Role, enumerate_sites, unlisted_products
 from vitcompress.graph.metadata import module_path
 from vitcompress.graph.patterns import attentions, blocks, norm_linear_groups
 from vitcompress.measure import SiteMeasurement
@@ -215,7 +215,10 @@ def print_graph(
         for site in others[:20]:
             origin = module_path(site.reader)
             console.print(f"  {escape(site.name)} ({site.operation}) {escape(origin.source)}")
-    else:
+    unlisted = unlisted_products(graph)
+    for name, reason in unlisted.items():
+        console.print(f"[yellow]stays float:[/yellow] {escape(name)}: {escape(reason)}")
+    if not others and not unlisted:
         console.print("every site has a recognised role")
 
 

@@ -2,7 +2,7 @@
 
 from vitcompress.graph.capture import capture
 from vitcompress.graph.captured import CapturedGraph, OutputDict, Provenance
-from vitcompress.graph.sites import QuantizationSite, Role, enumerate_sites
+from vitcompress.graph.sites import QuantizationSite, Role, enumerate_sites, unlisted_products
 
 __all__ = [
     "CapturedGraph",
@@ -12,4 +12,5 @@ __all__ = [
     "Role",
     "capture",
     "enumerate_sites",
+    "unlisted_products",
 ]

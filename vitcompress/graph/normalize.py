@@ -92,6 +92,12 @@ def normalize(captured: CapturedGraph) -> None:
 
 def _drop_without_effect(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
+        if is_op(node, ops.RANDOM) or _is_training_dropout(node):
+            where = module_path(node)
+            raise UnsupportedModelError(
+                f"{where.path or 'the model'}: {node.target} draws random numbers in "
+                f"evaluation mode ({where.source}); switch it off with self.training"
+            )
         if is_op(node, ops.ASSERTION):
             graph.erase_node(node)
         elif _is_identity(node):
@@ -101,7 +107,7 @@ def _drop_without_effect(graph: fx.Graph) -> None:
 
 def _is_identity(node: fx.Node) -> bool:
     if is_op(node, ops.IDENTITY):
-        return not _is_training_dropout(node) and "info" in node.meta
+        return "info" in node.meta
     if not node.args or not isinstance(node.args[0], fx.Node) or "info" not in node.meta:
         return False
     source = node.args[0]
@@ -119,7 +125,7 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def _is_training_dropout(node: fx.Node) -> bool:
-    return len(node.args) > 2 and node.args[2] is True and "dropout" in str(node.target)
+    return is_op(node, ops.DROPOUT) and len(node.args) > 2 and node.args[2] is True
 
 
 # Constants

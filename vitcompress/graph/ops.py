@@ -37,6 +37,13 @@ CONV: Collection[Target] = {
 BMM: Collection[Target] = {aten.bmm.default}
 MATMUL: Collection[Target] = {matmul, *BMM}
 LAYER_NORM: Collection[Target] = {aten.layer_norm.default}
+#: Products of activations that have no sites: they stay float, and are reported as such.
+UNLISTED_PRODUCT: Collection[Target] = {
+    aten.einsum.default,
+    aten.baddbmm.default,
+    aten.addmm.default,
+    aten.conv_transpose2d.input,
+}
 #: ``(x, weight, bias, mean, variance, momentum, eps)`` -> ``(y, ...)``.
 BATCH_NORM: Collection[Target] = {aten._native_batch_norm_legit_no_training.default}
 INTERNAL_SOFTMAX: Collection[Target] = {aten._softmax.default}
@@ -99,11 +106,15 @@ SCORE_PATH: Collection[Target] = (
     | {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp.default, aten.where.self}
     | {aten.contiguous.default, aten.clone.default}
 )
-#: Operations without effect in evaluation: replaced by their first argument.
-IDENTITY: Collection[Target] = {
+#: ``(x, p, train)``.
+DROPOUT: Collection[Target] = {
     aten.dropout.default,
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
+}
+#: Operations without effect in evaluation: replaced by their first argument.
+IDENTITY: Collection[Target] = {
+    *DROPOUT,
     aten.alias.default,
     aten.detach.default,
     aten.detach_.default,
@@ -137,9 +148,15 @@ FILL: Collection[Target] = {
 }
 RANDOM: Collection[Target] = {
     aten.rand.default,
+    aten.rand_like.default,
     aten.randn.default,
+    aten.randn_like.default,
+    aten.randint.default,
+    aten.randint.low,
+    aten.randperm.default,
     aten.bernoulli.p,
     aten.bernoulli.default,
+    aten.native_dropout.default,
 }
 
 _PYTHON_OPS: dict[str, Target] = {

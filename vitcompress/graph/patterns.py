@@ -76,16 +76,15 @@ def attentions(captured: CapturedGraph) -> Iterator[Attention]:
             yield Attention(scores, node, reader[0], reader[1])
 
 
-def _score_product(value: object) -> fx.Node | None:
-    """Return the product behind a softmax, through scaling, masks and reshapes."""
-    seen = 0
-    while isinstance(value, fx.Node) and seen < 16:
-        if is_op(value, ops.MATMUL):
-            return value
-        if not is_op(value, ops.SCORE_PATH):
-            return None
-        value, seen = value.args[0], seen + 1
-    return None
+def _score_product(value: object, depth: int = 16) -> fx.Node | None:
+    """Return the product behind a softmax, through scaling, masks, biases and reshapes."""
+    if is_op(value, ops.MATMUL):
+        assert isinstance(value, fx.Node)
+        return value
+    if depth == 0 or not isinstance(value, fx.Node) or not is_op(value, ops.SCORE_PATH):
+        return None
+    found = (_score_product(source, depth - 1) for source in value.all_input_nodes)
+    return next((product for product in found if product is not None), None)
 
 
 def _probs_reader(softmax: fx.Node) -> tuple[fx.Node, int] | None:
@@ -223,7 +222,9 @@ def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
     if is_op(node, ops.TRANSPOSE):
         return all(int_argument(node, index) % rank != rank - 1 for index in (1, 2))
     if is_op(node, ops.ROLL):
-        return all(axis % rank != rank - 1 for axis in list_argument(node, 2))
+        return len(node.args) > 2 and all(
+            axis % rank != rank - 1 for axis in list_argument(node, 2)
+        )
     if is_op(node, ops.PICK, ops.SELECT):
         axis = int_argument(node, 1) if len(node.args) > 1 else 0
         return axis % rank != rank - 1

@@ -12,7 +12,7 @@ from vitcompress.graph.metadata import info, module_path, node_argument
 from vitcompress.graph.ops import is_op
 from vitcompress.graph.patterns import attentions, producer
 
-__all__ = ["QuantizationSite", "Role", "enumerate_sites"]
+__all__ = ["QuantizationSite", "Role", "enumerate_sites", "unlisted_products"]
 
 
 class Role(StrEnum):
@@ -104,6 +104,15 @@ def enumerate_sites(captured: CapturedGraph) -> dict[str, QuantizationSite]:
                     name = port if found is Role.OTHER else str(found)
                     _add(sites, node, index, found, name, -1)
     return sites
+
+
+def unlisted_products(captured: CapturedGraph) -> dict[str, str]:
+    """Return the products that are no sites, ``path:operation`` to why; they stay float."""
+    return {
+        f"{module_path(node).path}:{node.name}": f"{node.target} is not recognised as a site"
+        for node in captured.graph.nodes
+        if is_op(node, ops.UNLISTED_PRODUCT)
+    }
 
 
 def _add(

@@ -10,7 +10,13 @@ from torch import fx
 
 from vitcompress.calibration import Request
 from vitcompress.errors import ConfigError
-from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
+from vitcompress.graph import (
+    CapturedGraph,
+    QuantizationSite,
+    Role,
+    enumerate_sites,
+    unlisted_products,
+)
 from vitcompress.graph.edit import insert_quantizer
 from vitcompress.passes.base import Fact, PassContext, PassReport, register
 from vitcompress.quantizers import (
@@ -137,7 +143,7 @@ class Attach:
         self._check_globs(sites)
         # Edges that read one value in one format share one quantizer: one tensor, one scale.
         shared: dict[tuple[fx.Node | str, QuantSpec], list[QuantizationSite]] = {}
-        skipped: dict[str, str] = {}
+        skipped = unlisted_products(graph)
         for site in sites.values():
             rule = next((r for r in reversed(self.config.rules) if r.matches(site)), None)
             if rule is None or rule.skip:
@@ -151,9 +157,10 @@ class Attach:
             quantizer = make_quantizer(spec, group[0].name)
             insert_quantizer(graph, group[0].value, readers, group[0].name, quantizer)
         graph.recompile()
+        quantized = sum(len(group) for group in shared.values())
         return PassReport(
-            changed=len(sites) - len(skipped),
-            found=len(sites),
+            changed=quantized,
+            found=quantized + len(skipped),
             skipped=skipped,
             details={"formats": dict(Counter(spec.describe() for _, spec in shared))},
         )

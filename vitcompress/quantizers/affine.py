@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vitcompress.errors import ConfigError
 from vitcompress.numerics.affine import (
     affine_parameters,
     code_bounds,
@@ -22,6 +23,11 @@ class Affine(Quantizer):
     parameter_names: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
     scale: Tensor
     zero_point: Tensor
+
+    def load(self, **parameters: Tensor) -> None:
+        super().load(**parameters)
+        if self.spec.strict and self._fractional():
+            raise ConfigError(f"{self.site}: a strict quantizer needs whole zero points")
 
     @property
     def bounds(self) -> tuple[int, int]:

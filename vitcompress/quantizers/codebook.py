@@ -31,7 +31,7 @@ class Codebook(Quantizer):
         return {"scale": torch.where(high > 0, high, torch.ones_like(high))}
 
     def decode(self, codes: Tensor, **parameters: Tensor) -> Tensor:
-        return self.unit_table()[codes.long()] * parameters["scale"]
+        return self.unit_table().to(codes.device)[codes.long()] * parameters["scale"]
 
     def levels(self) -> int:
         return len(self.unit_table())

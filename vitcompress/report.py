@@ -134,6 +134,8 @@ class ExportEntry(_Entry):
     linears: int
     float_linears: dict[str, str]
     integer_ops: dict[str, int]
+    code_mismatch: float
+    in_step_cosine: float
     images: int
     cosine: float
     top1_agreement_percent: float

@@ -14,21 +14,31 @@ from vitcompress.graph.metadata import node_argument
 __all__ = ["run", "walk"]
 
 Tap = Callable[[Tensor], None]
+Replacement = Callable[[Tensor], Tensor]
 
 
 class _TappingInterpreter(fx.Interpreter):
     """Shows values to taps as they appear; frees them after their last use."""
 
     def __init__(
-        self, module: fx.GraphModule, taps: Mapping[fx.Node, Tap], bypass: bool
+        self,
+        module: fx.GraphModule,
+        taps: Mapping[fx.Node, Tap],
+        bypass: bool,
+        replaced: Mapping[fx.Node, Replacement],
     ) -> None:
         super().__init__(module)
         self.taps = taps
         self.bypass = bypass
+        self.replaced = replaced
 
     def run_node(self, n: fx.Node) -> Any:
-        bypassed = self.bypass and is_quantizer(n)
-        value = self.env[node_argument(n, 0)] if bypassed else super().run_node(n)
+        if n in self.replaced:
+            value = self.replaced[n](self.env[node_argument(n, 0)])
+        elif self.bypass and is_quantizer(n):
+            value = self.env[node_argument(n, 0)]
+        else:
+            value = super().run_node(n)
         if n in self.taps:
             self.taps[n](value)
         return value
@@ -41,6 +51,7 @@ def run(
     *,
     taps: Mapping[fx.Node, Tap] | None = None,
     bypass: bool = False,
+    replaced: Mapping[fx.Node, Replacement] | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the flat outputs for one batch.
 
@@ -49,8 +60,9 @@ def run(
         images: ``[B, C, H, W]`` float32.
         taps: Called with the value of their node.
         bypass: Let values pass quantizers unchanged. Frozen weights cannot be bypassed.
+        replaced: What to compute at a node instead, from its first argument.
     """
-    interpreter = _TappingInterpreter(captured.module, taps or {}, bypass)
+    interpreter = _TappingInterpreter(captured.module, taps or {}, bypass, replaced or {})
     outputs: tuple[Tensor, ...] = interpreter.run(images)
     return outputs
 

@@ -4,6 +4,7 @@ from vitcompress.passes.attach import Attach
 from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
 from vitcompress.passes.calibrate import Calibrate
 from vitcompress.passes.freeze import Freeze
+from vitcompress.passes.integer_bias import IntegerBias
 from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
 
@@ -13,6 +14,7 @@ __all__ = [
     "Calibrate",
     "Fact",
     "Freeze",
+    "IntegerBias",
     "Pass",
     "PassContext",
     "PassReport",

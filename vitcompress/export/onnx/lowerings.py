@@ -72,6 +72,7 @@ class Lowering:
         target: How to spell.
         not_gemm: Linears that are no integer ``Gemm``, with the reason.
         gemms: Names of linears written as ``Gemm`` between quantized operands.
+        codes: Name of the value that holds the codes of each activation quantizer, by target.
     """
 
     model: ir.Model
@@ -79,6 +80,7 @@ class Lowering:
     target: Target
     not_gemm: dict[str, str] = field(default_factory=dict)
     gemms: list[str] = field(default_factory=list)
+    codes: dict[str, str] = field(default_factory=dict)
     _codes: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _values: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _names: int = 0
@@ -265,6 +267,7 @@ class Lowering:
             **_axis(quantizer),
         )
         self._codes[marked] = codes
+        self._note_codes(node, codes)
         return codes
 
     def _clip(self, node: ir.Node, value: ir.Value | None, quantizer: Affine) -> ir.Value:
@@ -301,7 +304,12 @@ class Lowering:
         codes = self._add(
             node, "Cast", [clipped], name=quantizer.site, to=int(ir.DataType.INT32)
         )
+        self._note_codes(node, codes)
         return self._add(node, "Gather", [self._constant(table.numpy()), codes], axis=0)
+
+    def _note_codes(self, node: ir.Node, codes: ir.Value) -> None:
+        assert codes.name is not None
+        self.codes[node.attributes["target"].as_string()] = codes.name
 
     # Building blocks
 

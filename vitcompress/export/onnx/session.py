@@ -1,7 +1,7 @@
 """Run an ONNX file in onnxruntime and report what it was optimised into; a program of its own.
 
-Usage: ``python -m vitcompress.export.onnx.session MODEL IMAGES.npy RESULTS.npz``. Prints one
-line of JSON. Imports neither torch nor the rest of this package, so it starts quickly.
+Usage: ``python -m vitcompress.export.onnx.session MODEL IMAGES.npy RESULTS.npz NAMES.json``.
+Prints one line of JSON.
 """
 
 import json
@@ -14,10 +14,14 @@ import numpy as np
 import onnx
 import onnxruntime
 
+#: Images whose codes are kept: they take as much memory as all activations together.
+STEP_IMAGES = 2
 
-def main(model: str, images_file: str, results_file: str) -> None:
-    """Run the model on all images and on the first alone; write both results."""
+
+def main(model: str, images_file: str, results_file: str, names_file: str) -> None:
+    """Run all images, then the first alone, then a few with the named values kept as well."""
     images = np.load(images_file, allow_pickle=False)
+    kept = json.loads(Path(names_file).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()
@@ -33,13 +37,27 @@ def main(model: str, images_file: str, results_file: str) -> None:
     feed = session.get_inputs()[0].name
     everything = session.run([output], {feed: images})[0]
     first = session.run([output], {feed: images[:1]})[0]
-    np.savez(results_file, all=everything, first=first)
+    stepped = _with_outputs(model, kept).run([output, *kept], {feed: images[:STEP_IMAGES]})
+    arrays = {f"step_{index}": value for index, value in enumerate(stepped)}
+    np.savez(results_file, all=everything, first=first, **arrays)
     facts = {
         "runtime": f"onnxruntime {onnxruntime.__version__} CPU",
         "nodes": listed,
         "ops": Counter(op for op, _ in listed),
     }
     print(json.dumps(facts))
+
+
+def _with_outputs(model: str, names: list[str]) -> onnxruntime.InferenceSession:
+    """Return a session of the same file that also gives the named values."""
+    content = onnx.load(model)
+    for name in names:
+        content.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        content.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 if __name__ == "__main__":

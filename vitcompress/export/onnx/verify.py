@@ -2,14 +2,20 @@
 
 The runtime works in a process of its own: a crash in native code then fails the verification
 and not the caller. What it ran as is read from the graph that the runtime itself optimised.
+
+Two correct runs of a quantized network drift apart: where a value lies on a rounding boundary,
+the last bit of a float decides its code, and one code changes others. So the file is compared
+with the graph *in step*: at each quantizer the graph's codes are compared with the runtime's
+(they may differ at such ties, rarely), and the graph goes on with the runtime's.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ExportError
-from vitcompress.graph import CapturedGraph
+from vitcompress.graph import CapturedGraph, OutputDict
 from vitcompress.numerics.metrics import cosine
+from vitcompress.quantizers import Affine, Quantizer
 
 __all__ = ["Verification", "verify"]
 
@@ -36,6 +44,10 @@ INTEGER_OPS = (
     "ConvInteger",
 )
 TIMEOUT_SECONDS = 600
+#: Largest share of the codes at one site that may lie on a rounding boundary.
+MOST_TIES = 2e-3
+#: Below this cosine, in step, a file is not the model it was exported from.
+LEAST_COSINE = 0.9999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +56,10 @@ class Verification:
 
     Attributes:
         runtime: Name and version.
-        images: How many images both sides computed.
-        cosine: Between the outputs of all images.
+        code_mismatch: Share of activation codes that differ, in step; ties only.
+        in_step_cosine: Between the outputs, in step.
+        images: How many images both sides computed on their own.
+        cosine: Between those outputs, each side on its own.
         top1_agreement_percent: Images on which the largest output is the same.
         max_difference: Largest difference, relative to the largest output.
         integer_linears: Linears whose product runs on integers.
@@ -55,6 +69,8 @@ class Verification:
     """
 
     runtime: str
+    code_mismatch: float
+    in_step_cosine: float
     images: int
     cosine: float
     top1_agreement_percent: float
@@ -70,6 +86,7 @@ def verify(
     captured: CapturedGraph,
     images: Tensor,
     *,
+    codes: Mapping[str, str],
     linears: Sequence[str],
     reasons: dict[str, str],
 ) -> Verification:
@@ -79,11 +96,13 @@ def verify(
         path: ONNX file.
         captured: Graph it was exported from.
         images: ``[N, C, H, W]``; run in one batch, then the first alone, to try both extents.
+        codes: Name of the value with the codes of each activation quantizer, by target.
         linears: Names of the quantized linears in the file.
         reasons: Why some of them are known not to be integer products.
 
     Raises:
-        ExportError: The file is not valid, does not run, or depends on the batch size.
+        ExportError: The file is not valid, does not run, depends on the batch size, or
+            computes something else than the graph.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -91,16 +110,23 @@ def verify(
         raise ExportError(f"{path.name}: not valid ONNX: {error}") from error
     with torch.no_grad():
         expected = captured.logits(images)
-    found, single, facts = _run_apart(path, images)
+    facts, arrays = _run_apart(path, images, list(codes.values()))
+    found, single = arrays["all"], arrays["first"]
     if not np.allclose(single, found[:1], rtol=1e-3, atol=1e-3 * np.abs(found).max()):
         raise ExportError(
             f"{path.name}: the result for an image depends on the batch it is in"
         )
     actual = torch.from_numpy(found)
+    stepped = [torch.from_numpy(arrays[f"step_{index}"]) for index in range(len(codes) + 1)]
+    in_step = _compare_in_step(
+        path, captured, images, stepped[0], dict(zip(codes, stepped[1:], strict=True))
+    )
     integer, fell_out = _coverage(facts["nodes"], linears, reasons)
     counts = {op: facts["ops"][op] for op in INTEGER_OPS if facts["ops"].get(op)}
     return Verification(
         runtime=facts["runtime"],
+        code_mismatch=in_step[0],
+        in_step_cosine=in_step[1],
         images=len(images),
         cosine=cosine(expected, actual),
         top1_agreement_percent=100.0
@@ -133,16 +159,74 @@ def _coverage(
     return len(linears) - len(fell_out), fell_out
 
 
+def _compare_in_step(
+    path: Path,
+    captured: CapturedGraph,
+    images: Tensor,
+    logits: Tensor,
+    codes: dict[str, Tensor],
+) -> tuple[float, float]:
+    """Return the share of codes that differ and the cosine of the outputs, in step.
+
+    Raises:
+        ExportError: More codes differ than ties explain, or the outputs do.
+    """
+    differing, total = 0, 0
+    worst = ("", 0.0)
+
+    def checked(quantizer: Quantizer, found: Tensor, x: Tensor) -> Tensor:
+        nonlocal differing, total, worst
+        gap = (quantizer.quantize(x).int() - found).abs()
+        count = int((gap > 0).sum())
+        differing, total = differing + count, total + found.numel()
+        worst = max(worst, (quantizer.site, count / found.numel()), key=lambda item: item[1])
+        return quantizer.dequantize(found)
+
+    replaced = {}
+    for node in captured.nodes_of_kind("call_module"):
+        target = str(node.target)
+        if target in codes:
+            quantizer = captured.module.get_submodule(target)
+            assert isinstance(quantizer, Quantizer)
+            found = codes[target].int() + _least_code(quantizer)
+            replaced[node] = partial(checked, quantizer, found)
+    outputs = captured.wrap(run(captured, images[: len(logits)], replaced=replaced))
+    expected = outputs if isinstance(outputs, Tensor) else _logits_of(outputs)
+    likeness = cosine(expected, logits)
+    if worst[1] > MOST_TIES:
+        raise ExportError(
+            f"{path.name}: {worst[0]}: {100 * worst[1]:.2f} % of the codes differ from the "
+            f"model's; ties explain at most {100 * MOST_TIES:.1f} %"
+        )
+    if not likeness >= LEAST_COSINE:
+        raise ExportError(
+            f"{path.name}: outputs differ from the model's: cosine {likeness:.5f} in step, "
+            f"expected at least {LEAST_COSINE}"
+        )
+    return differing / max(total, 1), likeness
+
+
+def _least_code(quantizer: Quantizer) -> int:
+    """Return the code that the file stores as 0."""
+    return quantizer.bounds[0] if isinstance(quantizer, Affine) else 0
+
+
+def _logits_of(outputs: OutputDict) -> Tensor:
+    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
+
+
 def _run_apart(
-    path: Path, images: Tensor
-) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, Any]]:
+    path: Path, images: Tensor, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     with tempfile.TemporaryDirectory(prefix="vitcompress-verify-") as folder:
         inputs, results = Path(folder) / "images.npy", Path(folder) / "results.npz"
+        kept = Path(folder) / "names.json"
         np.save(inputs, images.numpy())
+        kept.write_text(json.dumps(list(names)), encoding="utf-8")
         command = [sys.executable, "-m", "vitcompress.export.onnx.session"]
         try:
             done = subprocess.run(
-                [*command, str(path), str(inputs), str(results)],
+                [*command, str(path), str(inputs), str(results), str(kept)],
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT_SECONDS,
@@ -157,4 +241,4 @@ def _run_apart(
             raise ExportError(f"{path.name}: onnxruntime cannot run it: {lines[-1]}")
         facts = json.loads(done.stdout.splitlines()[-1])
         with np.load(results, allow_pickle=False) as arrays:
-            return arrays["all"], arrays["first"], facts
+            return facts, {name: arrays[name] for name in arrays.files}

@@ -172,7 +172,13 @@ class Lowering:
     def _int32_bias(
         self, node: ir.Node, bias: ir.Value, quantizer: Affine, stored: Affine
     ) -> ir.Value | None:
-        """Return the bias in steps of ``s_x s_w``, or ``None`` where it overflows int32."""
+        """Return the bias in steps of ``s_x s_w``, or ``None`` where those do not serve.
+
+        They are too small where the bias overflows int32, and too coarse where an operand has
+        less than 8 bits: then half a step moves codes at the next quantizer.
+        """
+        if min(quantizer.spec.bits, stored.spec.bits) < 8:
+            return None
         assert bias.const_value is not None
         values = bias.const_value.numpy().astype(np.float64)
         steps = quantizer.scale.double().numpy() * stored.scale.double().numpy()

@@ -139,7 +139,8 @@ def _run_apart(
     with tempfile.TemporaryDirectory(prefix="vitcompress-verify-") as folder:
         inputs, results = Path(folder) / "images.npy", Path(folder) / "results.npz"
         np.save(inputs, images.numpy())
-        command = [sys.executable, "-m", "vitcompress.export.onnx.session"]
+        # As a file: as a module it would import this whole package, and torch, first.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("session.py"))]
         try:
             done = subprocess.run(
                 [*command, str(path), str(inputs), str(results)],

@@ -94,7 +94,7 @@ def _node_from_json(graph: fx.Graph, entry: Any, made: dict[str, fx.Node]) -> fx
     args = tuple(_value_from_json(value, made) for value in entry.get("args", ()))
     kwargs = {k: _value_from_json(v, made) for k, v in entry.get("kwargs", {}).items()}
     _check_spelling(op, entry["target"], args, kwargs)
-    if op == "get_attr" and "tensor" not in entry:
+    if op in ("placeholder", "get_attr", "call_module") and "tensor" not in entry:
         raise ValueError(f"'{target}' has no shape")
     node = graph.create_node(op, target, args, kwargs, name=entry["name"])
     if node.name != entry["name"]:

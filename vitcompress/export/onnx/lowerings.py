@@ -250,10 +250,28 @@ class Lowering:
         else:
             assert isinstance(quantizer, Affine)
             codes = self._activation_codes(node, quantizer)
-            result = self._dequantize(
-                node, codes, *self._activation_scale(quantizer), **_axis(quantizer)
-            )
+            result = self._activation_value(node, codes, quantizer)
         self._replace(node, result)
+
+    def _activation_value(self, node: ir.Node, codes: ir.Value, quantizer: Affine) -> ir.Value:
+        """Return the float activation; several scales by plain arithmetic.
+
+        onnxruntime fuses a product of two ``DequantizeLinear`` whatever their axes, into a kernel
+        that then refuses to run with a left operand of several scales.
+        """
+        scale, point = self._activation_scale(quantizer)
+        if type(quantizer.spec.granularity) is PerTensor:
+            return self._dequantize(node, codes, scale, point)
+        shape = self._parameter_shape(node.outputs[0], quantizer)
+        value = self._add(node, "Cast", [codes], to=int(ir.DataType.FLOAT))
+        zero = self._constant(point.astype(np.float32).reshape(shape))
+        value = self._add(node, "Sub", [value, zero])
+        return self._add(node, "Mul", [value, self._constant(scale.reshape(shape))])
+
+    def _parameter_shape(self, value: ir.Value, quantizer: Affine) -> list[int]:
+        """Return the shape in which one parameter per channel or head fits a value."""
+        rank, axis = len(value.shape or ()), _axis(quantizer)["axis"]
+        return [-1 if position == axis % rank else 1 for position in range(rank)]
 
     def _activation_codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
         """Return uint8 codes; narrower ones through a clip to what they can represent."""
@@ -283,8 +301,7 @@ class Lowering:
         if type(quantizer.spec.granularity) is PerTensor:
             return self._add(node, "Clip", [value, *(self._constant(end) for end in ends)])
         assert value is not None
-        rank, axis = len(value.shape or ()), _axis(quantizer)["axis"]
-        shape = [-1 if position == axis % rank else 1 for position in range(rank)]
+        shape = self._parameter_shape(value, quantizer)
         low, high = (self._constant(end.reshape(shape)) for end in ends)
         return self._add(node, "Min", [self._add(node, "Max", [value, low]), high])
 

@@ -51,6 +51,7 @@ def run(
         taps: Called with the value of their node.
         bypass: Let values pass quantizers unchanged. Frozen weights cannot be bypassed.
     """
+    captured.check_images(images)
     interpreter = _TappingInterpreter(captured.module, taps or {}, bypass)
     outputs: tuple[Tensor, ...] = interpreter.run(images)
     return outputs

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 import calib
 from vitcompress.api import quantize
+from vitcompress.artifact.files import check_writable
 from vitcompress.demo import load_digits, load_model
 from vitcompress.errors import ExportError
 from vitcompress.evaluate import evaluate, onnx_predictor
@@ -34,6 +35,9 @@ def run_demo(console: Console, output: Path | None) -> None:
         ExportError: A file fails verification.
     """
     started = time.perf_counter()
+    if output is not None:
+        for scheme in ROWS:
+            check_writable(output / scheme.lower(), overwrite=True)
     model = load_model()
     source = calib.TensorSource(*load_digits("train"), samples=128, seed=0)
     held_out = calib.TensorSource(*load_digits("test"), batch_size=200)

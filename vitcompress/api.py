@@ -231,7 +231,7 @@ def load(path: str | Path) -> CompressedModel:
         raise ArtifactError(
             f"{folder}: lacks {error}; it was not written by this library"
         ) from error
-    except (ConfigError, calib.SourceError, yaml.YAMLError) as error:
+    except (ConfigError, calib.SourceError, yaml.YAMLError, TypeError) as error:
         raise ArtifactError(f"{folder}: {error}") from error
     return CompressedModel(stored.graph, recipe, report, preprocessing)
 

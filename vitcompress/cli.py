@@ -486,6 +486,8 @@ def _run() -> int:
     try:
         app(standalone_mode=True)
     except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:  # the command line library has met the interrupt
+            return _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     except VitcompressError as error:
         return _fail(str(error), error.exit_code)

@@ -99,11 +99,17 @@ def onnx_predictor(path: Path) -> Callable[[Tensor], Tensor]:
     except Exception as error:  # onnxruntime's exception types are not public
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: onnxruntime cannot load it: {reason}") from error
-    feed = session.get_inputs()[0].name
+    feed, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
     names = [output.name for output in session.get_outputs()]
     output = "logits" if "logits" in names else names[0]
 
     def predict(images: Tensor) -> Tensor:
+        found = list(images.shape)
+        fixed = [extent if isinstance(extent, int) else None for extent in shape]
+        if len(found) != len(fixed) or any(
+            extent not in (None, own) for extent, own in zip(fixed, found, strict=True)
+        ):
+            raise InputError(f"{path}: expected images of {shape}, found {found}")
         return torch.from_numpy(session.run([output], {feed: images.numpy()})[0])
 
     return predict

@@ -30,7 +30,8 @@ SCHEMA = 1
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A site without noise has an infinite ratio; JSON's own way would turn it into null.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class ProtocolEntry(_Entry):

@@ -18,11 +18,13 @@ def write_file(path: Path, write: Callable[[Path], None], *, overwrite: bool = T
     Raises:
         ConfigError: The file exists and may not be replaced, or cannot be written.
     """
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; name a file in it")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path}: exists already; choose another name or pass --overwrite")
     with _reported(path):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a directory; name a file in it")
+        if path.exists() and not overwrite:
+            raise ConfigError(
+                f"{path}: exists already; choose another name or pass --overwrite"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             draft = Path(folder) / path.name
@@ -51,12 +53,12 @@ def write_directory(
             draft, old = Path(folder) / "new", Path(folder) / "old"
             draft.mkdir()
             write(draft)
-            if path.exists():
-                path.rename(old)
             try:
+                if path.exists():
+                    path.rename(old)
                 draft.rename(path)
-            except OSError:
-                if old.exists():
+            except BaseException:  # an interrupt as well: leaving deletes the folder
+                if old.exists() and not path.exists():
                     old.rename(path)
                 raise
             shutil.rmtree(old, ignore_errors=True)
@@ -68,6 +70,11 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: It is a file, a directory that may not be replaced, or not writable.
     """
+    with _reported(path):
+        _check_destination(path, overwrite)
+
+
+def _check_destination(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; name a directory")
     if path.is_dir() and any(path.iterdir()):

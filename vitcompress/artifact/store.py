@@ -122,9 +122,12 @@ def read_artifact(path: Path) -> StoredModel:
     quantizers = _quantizers_from_json(_read_json(path / _QUANTIZERS), path / _QUANTIZERS)
     attributes: dict[str, Any] = dict(_load_tensors(path / _WEIGHTS, graph, quantizers))
     attributes.update(quantizers)
-    captured = CapturedGraph.build(graph, attributes, output_names, provenance)
+    try:
+        captured = CapturedGraph.build(graph, attributes, output_names, provenance)
+    except (RuntimeError, SyntaxError) as error:
+        raise ArtifactError(f"{path / _GRAPH}: no program: {error}") from error
     documents = {
-        name: (path / name).read_text(encoding="utf-8")
+        name: _read_text(path / name)
         for name in files
         if name not in (_GRAPH, _QUANTIZERS, _WEIGHTS)
     }
@@ -233,6 +236,11 @@ def _load_tensors(
                             f"{name}: graph.json says {list(shape)}, "
                             f"found {list(tensors[name].shape)}"
                         )
+                    if str(tensors[name].dtype) != f"torch.{expected.dtype}":
+                        raise ValueError(
+                            f"{name}: graph.json says {expected.dtype}, "
+                            f"found {tensors[name].dtype}"
+                        )
             for target, quantizer in quantizers.items():
                 quantizer.load(
                     **{
@@ -240,9 +248,38 @@ def _load_tensors(
                         for name in quantizer.parameter_names
                     }
                 )
+            _check_parameters(graph, quantizers)
     except (SafetensorError, ValueError, TypeError, OSError, ConfigError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     return tensors
+
+
+def _check_parameters(graph: Any, quantizers: Mapping[str, Quantizer]) -> None:
+    """Check that each quantizer fits the tensor it reads.
+
+    Raises:
+        ValueError: It is unknown, reads no stored tensor though it is frozen, or has
+            parameters of another shape.
+    """
+    for node in graph.nodes:
+        if not is_quantizer(node):
+            continue
+        quantizer, value = quantizers.get(str(node.target)), node.args[0]
+        if quantizer is None:
+            raise ValueError(f"{node.target}: {_QUANTIZERS} lists no such quantizer")
+        if quantizer.frozen and value.op != "get_attr":
+            raise ValueError(f"{node.target}: is frozen, but reads no stored tensor")
+        try:
+            expected = quantizer.spec.granularity.parameter_shape(value.meta["info"].shape)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{node.target}: does not fit its tensor: {error!r}") from error
+        for name in quantizer.parameter_names:
+            found = tuple(getattr(quantizer, name).shape)
+            if found != expected:
+                raise ValueError(
+                    f"{node.target}.{name}: expected shape {list(expected)}, "
+                    f"found {list(found)}"
+                )
 
 
 # Files
@@ -259,8 +296,15 @@ def _read_json(path: Path) -> Any:
         raise ArtifactError(
             f"{path}: file is missing; is this an artefact directory?"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read as text: {error}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -274,8 +318,8 @@ def _check_digest(folder: Path, name: str, expected: str) -> None:
         raise ArtifactError(f"{folder / _MANIFEST}: '{name}' is not a file name")
     try:
         found = _sha256(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
     if found != expected:
         raise ArtifactError(
             f"{path}: content does not match the manifest (sha256 {found[:12]}, expected "

@@ -6,6 +6,7 @@ nothing but tensor arithmetic.
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vitcompress.graph.ops import op_name, resolve_op
 __all__ = ["graph_from_json", "graph_to_json"]
 
 FORMAT = 1
+_PATH = re.compile(r"\w+(\.\w+)*")
 _TORCH_VALUES: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -48,8 +50,10 @@ def graph_from_json(content: Any) -> tuple[fx.Graph, tuple[str, ...]]:
         made: dict[str, fx.Node] = {}
         for entry in content["nodes"]:
             made[entry["name"]] = _node_from_json(graph, entry, made)
+        names = tuple(str(name) for name in content["outputs"])
+        _check_ends(graph, names)
         graph.lint()
-        return graph, tuple(str(name) for name in content["outputs"])
+        return graph, names
     except (
         KeyError,
         TypeError,
@@ -90,6 +94,9 @@ def _node_from_json(graph: fx.Graph, entry: Any, made: dict[str, fx.Node]) -> fx
         raise ValueError(f"opcode '{op}' is not part of the graph language")
     args = tuple(_value_from_json(value, made) for value in entry.get("args", ()))
     kwargs = {k: _value_from_json(v, made) for k, v in entry.get("kwargs", {}).items()}
+    _check_spelling(op, entry["target"], args, kwargs)
+    if op in ("placeholder", "get_attr", "call_module") and "tensor" not in entry:
+        raise ValueError(f"'{target}' has no shape")
     node = graph.create_node(op, target, args, kwargs, name=entry["name"])
     if node.name != entry["name"]:
         raise ValueError(f"two nodes are called '{entry['name']}'")
@@ -102,6 +109,32 @@ def _node_from_json(graph: fx.Graph, entry: Any, made: dict[str, fx.Node]) -> fx
     if "module" in entry:
         node.meta["module"] = ModulePath(*entry["module"])
     return node
+
+
+def _check_spelling(
+    op: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse what is no plain name: FX writes these as they are into code that it runs."""
+    if op == "placeholder" and not target.isidentifier():
+        raise ValueError(f"'{target}' is no name of an input")
+    if op in ("get_attr", "call_module") and not _PATH.fullmatch(target):
+        raise ValueError(f"'{target}' is no name of a tensor or module")
+    if not all(key.isidentifier() for key in kwargs):
+        raise ValueError(f"{sorted(kwargs)} are no names of arguments")
+    if op == "call_module" and (kwargs or len(args) != 1 or not isinstance(args[0], fx.Node)):
+        raise ValueError(f"'{target}' takes one tensor")
+
+
+def _check_ends(graph: fx.Graph, names: tuple[str, ...]) -> None:
+    """Refuse a graph that does not lead from one input to one output per name."""
+    kinds = [node.op for node in graph.nodes]
+    if kinds.count("placeholder") != 1 or kinds.count("output") != 1 or kinds[-1] != "output":
+        raise ValueError("expected one input, and one output at the end")
+    outputs = graph.output_node().args[0]
+    if not isinstance(outputs, tuple) or len(outputs) != len(names) or not names:
+        raise ValueError(f"outputs do not match their names {list(names)}")
+    if not all(isinstance(value, fx.Node) for value in outputs):
+        raise ValueError("an output is no tensor")
 
 
 def _info_to_json(tensor: TensorInfo) -> list[Any]:

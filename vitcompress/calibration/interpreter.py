@@ -62,6 +62,7 @@ def run(
         bypass: Let values pass quantizers unchanged. Frozen weights cannot be bypassed.
         replaced: What to compute at a node instead, from its first argument.
     """
+    captured.check_images(images)
     interpreter = _TappingInterpreter(captured.module, taps or {}, bypass, replaced or {})
     outputs: tuple[Tensor, ...] = interpreter.run(images)
     return outputs

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 import calib
 from vitcompress.api import quantize
+from vitcompress.artifact.files import check_writable
 from vitcompress.demo import load_digits, load_model
 from vitcompress.errors import ExportError
 from vitcompress.evaluate import evaluate, onnx_predictor
@@ -35,6 +36,9 @@ def run_demo(console: Console, output: Path | None) -> None:
         ExportError: A file fails verification.
     """
     started = time.perf_counter()
+    if output is not None:
+        for scheme in ROWS:
+            check_writable(output / scheme.lower(), overwrite=True)
     # Tensors this small gain nothing from a second thread, and lose much on a busy machine.
     torch.set_num_threads(1)
     model = load_model()

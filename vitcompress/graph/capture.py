@@ -5,7 +5,11 @@ through library classes; decomposing with a table of one entry (attention) keeps
 ``layer_norm`` and ``gelu`` whole, which are the units that compression methods speak of.
 """
 
+import contextlib
+import io
+import logging
 import re
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -88,7 +92,7 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
         images = images.repeat(2, *[1] * (images.dim() - 1))
     dynamic = ({0: Dim.DYNAMIC},)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(
                 model, (images,), dynamic_shapes=dynamic, strict=False
             )
@@ -99,6 +103,18 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
         raise UnsupportedModelError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the exporter raises many types, none of them public
         raise UnsupportedModelError(f"{name}: {_explain(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what the exporter prints besides its exception."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _explain(error: Exception) -> str:

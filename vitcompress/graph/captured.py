@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vitcompress.errors import UnsupportedModelError
+from vitcompress.errors import InputError, UnsupportedModelError
 from vitcompress.graph.metadata import TensorInfo, info, set_info
 
 __all__ = ["QUANTIZER_PREFIX", "CapturedGraph", "OutputDict", "Provenance"]
@@ -176,8 +176,21 @@ class CapturedGraph:
                     "look for NaN or overflowing weights"
                 )
 
+    def check_images(self, images: Tensor) -> None:
+        """Check that images have the size the graph was captured at.
+
+        Raises:
+            InputError: They have another.
+        """
+        if tuple(images.shape[1:]) != self.input_shape:
+            raise InputError(
+                f"{self.provenance.model}: expected images of {_extents(self.input_shape)}, "
+                f"found {_extents(images.shape[1:])}"
+            )
+
     def __call__(self, images: Tensor) -> Tensor | OutputDict:
         """Return the model's output for images ``[B, C, H, W]``: one tensor, or named ones."""
+        self.check_images(images)
         return self.wrap(self.module(images))
 
     def wrap(self, outputs: tuple[Tensor, ...]) -> Tensor | OutputDict:
@@ -188,6 +201,7 @@ class CapturedGraph:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the classifier's output, ``[B, O]``: the one called logits, or the first."""
+        self.check_images(images)
         outputs: tuple[Tensor, ...] = self.module(images)
         index = self.output_names.index("logits") if "logits" in self.output_names else 0
         return outputs[index]
@@ -199,3 +213,7 @@ class CapturedGraph:
     def tensor_info(self, node: fx.Node) -> TensorInfo | None:
         """Return shape and dtype of a node's value, or ``None`` if it is not one tensor."""
         return node.meta.get("info")
+
+
+def _extents(shape: tuple[int, ...]) -> str:
+    return "x".join(str(extent) for extent in shape)

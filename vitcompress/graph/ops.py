@@ -216,11 +216,12 @@ def resolve_op(name: str) -> Target:
     elif len(parts) == 3 and parts[0] == "aten" and parts[1] not in _FORBIDDEN:
         packet = getattr(aten, parts[1], None)
         found = getattr(packet, parts[2], None)
+        # Namespaces and packets are Python objects: they have methods besides overloads.
+        if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+            found = None
     else:
         found = None
-    if found is None or (
-        isinstance(found, torch._ops.OpOverload) and found._schema.is_mutable
-    ):
+    if found is None:
         raise ValueError(f"'{name}' is not an operator of the graph language")
     target: Target = found
     return target

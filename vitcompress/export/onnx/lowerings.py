@@ -174,13 +174,18 @@ class Lowering:
     def _int32_bias(
         self, node: ir.Node, bias: ir.Value, quantizer: Affine, stored: Affine
     ) -> ir.Value | None:
-        """Return the bias in steps of ``s_x s_w``, or ``None`` where it overflows int32."""
+        """Return the bias in steps of ``s_x s_w``, or ``None`` where those cannot express it.
+
+        It is whole steps after the pass ``integer_bias``. Rounding it here instead would make
+        the file compute something else than the graph.
+        """
         assert bias.const_value is not None
         values = bias.const_value.numpy().astype(np.float64)
         steps = quantizer.scale.double().numpy() * stored.scale.double().numpy()
         scale = np.broadcast_to(steps, values.shape).astype(np.float32)
         codes = np.rint(values / scale)
-        if np.abs(codes).max(initial=0.0) > _INT32_MAX:
+        apart = np.abs(values / scale - codes) > 1e-3 + 1e-6 * np.abs(codes)
+        if apart.any() or np.abs(codes).max(initial=0.0) > _INT32_MAX:
             return None
         integer = self._constant(codes.astype(np.int32), f"{bias.name}.int32")
         return self._add(node, "DequantizeLinear", [integer, self._constant(scale)], axis=0)
@@ -246,9 +251,28 @@ class Lowering:
         else:
             assert isinstance(quantizer, Affine)
             codes = self._activation_codes(node, quantizer)
-            scale, point = self._activation_scale(quantizer)
-            result = self._dequantize(node, codes, scale, point, **_axis(quantizer))
+            result = self._activation_value(node, codes, quantizer)
         self._replace(node, result)
+
+    def _activation_value(self, node: ir.Node, codes: ir.Value, quantizer: Affine) -> ir.Value:
+        """Return the float activation; several scales by plain arithmetic.
+
+        onnxruntime fuses a product of two ``DequantizeLinear`` whatever their axes, into a kernel
+        that then refuses to run with a left operand of several scales.
+        """
+        scale, point = self._activation_scale(quantizer)
+        if type(quantizer.spec.granularity) is PerTensor:
+            return self._dequantize(node, codes, scale, point)
+        shape = self._parameter_shape(node.outputs[0], quantizer)
+        value = self._add(node, "Cast", [codes], to=int(ir.DataType.FLOAT))
+        zero = self._constant(point.astype(np.float32).reshape(shape))
+        value = self._add(node, "Sub", [value, zero])
+        return self._add(node, "Mul", [value, self._constant(scale.reshape(shape))])
+
+    def _parameter_shape(self, value: ir.Value, quantizer: Affine) -> list[int]:
+        """Return the shape in which one parameter per channel or head fits a value."""
+        rank, axis = len(value.shape or ()), _axis(quantizer)["axis"]
+        return [-1 if position == axis % rank else 1 for position in range(rank)]
 
     def _activation_codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
         """Return uint8 codes; narrower ones through a clip to what they can represent."""
@@ -279,8 +303,7 @@ class Lowering:
         if type(quantizer.spec.granularity) is PerTensor:
             return self._add(node, "Clip", [value, *(self._constant(end) for end in ends)])
         assert value is not None
-        rank, axis = len(value.shape or ()), _axis(quantizer)["axis"]
-        shape = [-1 if position == axis % rank else 1 for position in range(rank)]
+        shape = self._parameter_shape(value, quantizer)
         low, high = (self._constant(end.reshape(shape)) for end in ends)
         return self._add(node, "Min", [self._add(node, "Max", [value, low]), high])
 

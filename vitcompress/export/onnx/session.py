@@ -1,7 +1,7 @@
 """Run an ONNX file in onnxruntime and report what it was optimised into; a program of its own.
 
-Usage: ``python -m vitcompress.export.onnx.session MODEL IMAGES.npy RESULTS.npz NAMES.json``.
-Prints one line of JSON.
+Usage: ``python -P session.py MODEL IMAGES.npy RESULTS.npz NAMES.json``. Prints one line of
+JSON. Imports neither torch nor the rest of this package, so it starts quickly.
 """
 
 import json

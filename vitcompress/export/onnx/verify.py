@@ -223,7 +223,8 @@ def _run_apart(
         kept = Path(folder) / "names.json"
         np.save(inputs, images.numpy())
         kept.write_text(json.dumps(list(names)), encoding="utf-8")
-        command = [sys.executable, "-m", "vitcompress.export.onnx.session"]
+        # As a file: as a module it would import this whole package, and torch, first.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("session.py"))]
         try:
             done = subprocess.run(
                 [*command, str(path), str(inputs), str(results), str(kept)],

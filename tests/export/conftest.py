@@ -1,0 +1,39 @@
+"""Exported files, shared between tests: tracing for ONNX takes most of the time."""
+
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+from finished import quantized
+from tiny import images
+
+from vitcompress.export.onnx import exporter
+
+
+@pytest.fixture(scope="session")
+def models(vit_graph, source):
+    """Return the finished tiny model of a recipe and a scheme."""
+    return cache(
+        lambda recipe, scheme: quantized(vit_graph, source, recipe=recipe, scheme=scheme)
+    )
+
+
+@pytest.fixture(scope="session")
+def export(models, tmp_path_factory):
+    """Return a file, with its model and result, of a recipe, a scheme and a target."""
+    traced = cache(lambda graph, opset: exporter_marked_model(graph, opset=opset))
+    exporter_marked_model = exporter.marked_model
+
+    @cache
+    def export(recipe, scheme, target):
+        model = models(recipe, scheme)
+        path = tmp_path_factory.mktemp("onnx") / f"{recipe}-{scheme}-{target}.onnx"
+        with pytest.MonkeyPatch.context() as patch:
+            # The trace depends on the model alone; the lowering edits it, hence the copy.
+            patch.setattr(
+                exporter, "marked_model", lambda graph, opset: traced(graph, opset).clone()
+            )
+            result = model.export_onnx(path, target=target, images=images(64, seed=7))
+        return SimpleNamespace(model=model, path=path, result=result)
+
+    return export

@@ -1,0 +1,293 @@
+"""What is refused, and the proof that verification can fail."""
+
+import ast
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from finished import quantized
+from onnx import TensorProto, helper, numpy_helper
+from tiny import images
+
+from vitcompress import Recipe
+from vitcompress.errors import ConfigError, ExportError
+from vitcompress.export.onnx import TARGETS, exporter, verify
+from vitcompress.export.onnx.verify import verify as verify_file
+
+
+@pytest.fixture
+def model(models):
+    return models("deploy", "W8A8")
+
+
+@pytest.fixture(scope="module")
+def trace(models):
+    return exporter.marked_model(models("deploy", "W8A8").graph, opset=21)
+
+
+@pytest.fixture
+def traced(trace, monkeypatch):
+    """Spare tests that look at what comes after tracing a trace of their own."""
+    monkeypatch.setattr(exporter, "marked_model", lambda *_, **__: trace.clone())
+
+
+def refusal(model, path, **settings):
+    before = set(path.parent.iterdir())
+    with pytest.raises(ExportError) as caught:
+        model.export_onnx(path, **settings)
+    assert caught.value.exit_code == 4
+    assert set(path.parent.iterdir()) == before
+    return str(caught.value)
+
+
+def test_published_repq_vit_is_refused_before_tracing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "marked_model", lambda *_, **__: pytest.fail("traced"))
+    model = models("repq_vit_paper", "W4A4")
+
+    message = refusal(model, tmp_path / "m.onnx")
+
+    assert "sites cannot be written to ONNX" in message
+    assert "not strictly 4 bits" in message
+    assert "blocks.0.attn:probs: not strictly 4 bits: 17 levels, 4 bits hold 16" in message
+    assert "more" in message
+
+
+def test_unknown_target_is_refused_with_the_known_ones(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected one of \['generic', 'ort-cpu'\]"):
+        model.export_onnx(tmp_path / "m.onnx", target="npu")
+
+    assert set(TARGETS) == {"generic", "ort-cpu"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"roles": ["weight"], "format": "log2"}, "format log2 is not offered on weights"),
+        (
+            {"roles": ["probs"], "format": "log2", "granularity": "per_head"},
+            "tables are offered per tensor only",
+        ),
+    ],
+)
+def test_formats_without_a_spelling_are_listed(vit_graph, source, tmp_path, rule, reason):
+    recipe = {
+        "schema": 1,
+        "name": "odd",
+        "scheme": "W8A8",
+        "passes": [
+            {"pass": "attach", "rules": [rule]},
+            {"pass": "calibrate", "method": "minmax"},
+            {"pass": "freeze"},
+        ],
+    }
+    model = quantized(vit_graph, source, recipe=Recipe.from_dict(recipe))
+
+    assert reason in refusal(model, tmp_path / "m.onnx")
+
+
+def corrupt(monkeypatch, edit):
+    """Let ``edit`` change the ONNX model between writing and verification."""
+    original = exporter.verify
+
+    def tampered(path, *arguments, **settings):
+        proto = onnx.load(path)
+        edit(proto.graph)
+        onnx.save(proto, path)
+        return original(path, *arguments, **settings)
+
+    monkeypatch.setattr(exporter, "verify", tampered)
+
+
+def scale_of(graph, name, factor):
+    (node,) = [n for n in graph.node if n.name == name]
+    made = {out: n for n in graph.node for out in n.output}
+    dequantize = made[node.input[1]]
+    for tensor in graph.initializer:
+        if tensor.name == dequantize.input[1]:
+            values = (factor * numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def test_one_wrong_scale_is_found_and_leaves_no_file(model, traced, tmp_path, monkeypatch):
+    corrupt(monkeypatch, lambda graph: scale_of(graph, "blocks.1.fc2", 3.0))
+
+    message = refusal(model, tmp_path / "m.onnx")
+
+    assert "outputs differ from the model's: cosine 0." in message
+
+
+def test_failed_verification_keeps_the_earlier_file(model, traced, tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    path.write_text("earlier")
+    corrupt(monkeypatch, lambda graph: scale_of(graph, "head", -1.0))
+
+    refusal(model, path)
+
+    assert path.read_text() == "earlier"
+
+
+def test_file_that_yields_nan_is_refused(model, traced, tmp_path, monkeypatch):
+    corrupt(monkeypatch, lambda graph: scale_of(graph, "blocks.0.fc1", float("nan")))
+
+    refusal(model, tmp_path / "m.onnx")
+
+
+def test_invalid_file_is_refused(model, traced, tmp_path, monkeypatch):
+    corrupt(monkeypatch, lambda graph: graph.node.reverse())
+
+    assert "not valid ONNX" in refusal(model, tmp_path / "m.onnx")
+
+
+def test_linear_that_falls_out_of_the_integer_kernels_is_counted(
+    model, traced, tmp_path, monkeypatch
+):
+    def float_bias(graph):
+        (node,) = [n for n in graph.node if n.name == "blocks.0.fc1"]
+        values = np.zeros(64, np.float32)
+        graph.initializer.append(numpy_helper.from_array(values, "plain"))
+        node.input[2] = "plain"
+
+    corrupt(monkeypatch, float_bias)
+
+    result = model.export_onnx(tmp_path / "m.onnx")
+
+    found = result.verification
+    assert (found.integer_linears, found.linears) == (8, 9)
+    assert list(found.float_linears) == ["blocks.0.fc1"]
+    assert model.report.exports[-1].execution == "simulated"
+
+
+def onnx_file(path, *nodes, shape=("batch", 10)):
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)],
+        [
+            numpy_helper.from_array(np.array([-1, 3072], np.int64), "flat"),
+            numpy_helper.from_array(np.array(0, np.int64), "axis"),
+            numpy_helper.from_array(np.ones((3072, 10), np.float32), "weight"),
+        ],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(model, path)
+    return path
+
+
+def test_result_that_depends_on_the_batch_is_refused(vit_graph, tmp_path):
+    path = onnx_file(
+        tmp_path / "m.onnx",
+        helper.make_node("Reshape", ["images", "flat"], ["x"]),
+        helper.make_node("MatMul", ["x", "weight"], ["y"]),
+        helper.make_node("CumSum", ["y", "axis"], ["output"], reverse=1),
+    )
+
+    with pytest.raises(ExportError, match="depends on the batch it is in"):
+        verify_file(path, vit_graph, images(4), linears=[], reasons={})
+
+
+def test_file_that_does_not_run_is_refused(vit_graph, tmp_path):
+    path = onnx_file(
+        tmp_path / "m.onnx",
+        helper.make_node("Concat", ["images", "weight"], ["x"], axis=0),
+        helper.make_node("Identity", ["x"], ["output"]),
+    )
+
+    with pytest.raises(ExportError, match=r"m\.onnx: (not valid ONNX|onnxruntime cannot run)"):
+        verify_file(path, vit_graph, images(4), linears=[], reasons={})
+
+
+@pytest.fixture
+def interpreter(tmp_path, monkeypatch):
+    """Put a shell script in the place of Python for the runtime's process."""
+    script = tmp_path / "python"
+
+    def install(line):
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(verify.sys, "executable", os.fspath(script))
+
+    return install
+
+
+def test_crash_of_the_runtime_is_reported(model, traced, tmp_path, interpreter):
+    interpreter("kill -SEGV $$")
+
+    message = refusal(model, tmp_path / "m.onnx")
+
+    assert "onnxruntime cannot run it: exit code -11" in message
+
+
+def test_last_line_of_the_runtime_is_the_reason(model, traced, tmp_path, interpreter):
+    interpreter("echo first >&2; echo 'no kernel for Frobnicate' >&2; exit 1")
+
+    assert refusal(model, tmp_path / "m.onnx").endswith("no kernel for Frobnicate")
+
+
+def test_runtime_starts_without_this_package_and_torch(model, traced, tmp_path, interpreter):
+    """As a module of the package, the process would import all of it first."""
+    interpreter('echo "$1 $2" >&2; exit 1')
+
+    flag, script = refusal(model, tmp_path / "m.onnx").split()[-2:]
+
+    assert flag == "-P"
+    imports = {
+        name.name.partition(".")[0]
+        for node in ast.walk(ast.parse(Path(script).read_text()))
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert imports == {"json", "sys", "tempfile", "numpy", "onnx", "onnxruntime"}
+
+
+def test_runtime_that_hangs_is_stopped(model, traced, tmp_path, interpreter, monkeypatch):
+    monkeypatch.setattr(verify, "TIMEOUT_SECONDS", 0.2)
+    interpreter("exec sleep 30")
+
+    assert "did not finish in 0.2 s" in refusal(model, tmp_path / "m.onnx")
+
+
+def test_model_that_the_exporter_cannot_translate_is_reported(model, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("\n\nno translation for aten.frobnicate\nmore lines")
+
+    monkeypatch.setattr("torch.onnx.export", broken)
+
+    message = refusal(model, tmp_path / "m.onnx")
+
+    assert message == "tiny: torch.onnx cannot translate the graph: no translation for " + (
+        "aten.frobnicate"
+    )
+
+
+def test_existing_file_is_replaced_only_when_allowed(model, traced, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_text("earlier")
+
+    with pytest.raises(ConfigError, match="exists already"):
+        model.export_onnx(path, overwrite=False)
+    assert path.read_text() == "earlier"
+
+    model.export_onnx(path)
+
+    onnx.checker.check_model(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_export_leaves_the_model_as_it_was(model, traced, tmp_path):
+    x = images(2)
+    before, nodes = model(x), len(model.graph.graph.nodes)
+    exports = len(model.report.exports)
+
+    model.export_onnx(tmp_path / "m.onnx", target="generic")
+
+    assert (model(x) == before).all()
+    assert len(model.graph.graph.nodes) == nodes
+    assert len(model.report.exports) == exports + 1
+    assert json.loads(model.report.to_json())["exports"][-1]["target"] == "generic"

@@ -1,0 +1,171 @@
+"""The names that users may rely on. A change here is a change of the public interface."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import calib
+import vitcompress
+
+PUBLIC = {
+    "calib": [
+        "Batch",
+        "Preprocessing",
+        "Skipped",
+        "Source",
+        "SourceError",
+        "TensorSource",
+        "open_source",
+    ],
+    "vitcompress": [
+        "ArtifactError",
+        "CompressedModel",
+        "ConfigError",
+        "ExportError",
+        "InputError",
+        "PassError",
+        "Recipe",
+        "UnsupportedModelError",
+        "VitcompressError",
+        "capture",
+        "evaluate",
+        "export_onnx",
+        "load",
+        "load_model",
+        "quantize",
+    ],
+    "vitcompress.artifact": [
+        "StoredModel",
+        "is_artifact",
+        "read_artifact",
+        "write_artifact",
+        "write_directory",
+        "write_file",
+    ],
+    "vitcompress.calibration": [
+        "Batch",
+        "CalibrationSource",
+        "ChannelAbsMax",
+        "Histogram",
+        "MinMax",
+        "Observer",
+        "RangeConfig",
+        "Request",
+        "Samples",
+        "SecondMoment",
+        "Statistics",
+        "search_range",
+    ],
+    "vitcompress.demo": ["DigitsViT", "load_digits", "load_model"],
+    "vitcompress.engine": ["LocalEngine", "PassRecord", "run_recipe"],
+    "vitcompress.export.onnx": [
+        "TARGETS",
+        "ExportResult",
+        "Target",
+        "Verification",
+        "export_onnx",
+    ],
+    "vitcompress.graph": [
+        "CapturedGraph",
+        "OutputDict",
+        "Provenance",
+        "QuantizationSite",
+        "Role",
+        "capture",
+        "enumerate_sites",
+    ],
+    "vitcompress.models": ["LoadedModel", "create_architecture", "load_model"],
+    "vitcompress.passes": [
+        "PASSES",
+        "Attach",
+        "Calibrate",
+        "Fact",
+        "Freeze",
+        "Pass",
+        "PassContext",
+        "PassReport",
+        "RepqVit",
+        "register",
+    ],
+    "vitcompress.quantizers": [
+        "FORMATS",
+        "Affine",
+        "Codebook",
+        "Granularity",
+        "Log2",
+        "LogSqrt2",
+        "PerChannel",
+        "PerGroup",
+        "PerHead",
+        "PerTensor",
+        "QuantSpec",
+        "Quantizer",
+        "make_quantizer",
+    ],
+}
+
+
+def modules(package):
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        # The entry point of ``python -m``, and a program of its own.
+        if found.name.rpartition(".")[2] not in ("__main__", "session"):
+            yield importlib.import_module(found.name)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_exactly_these(name):
+    module = importlib.import_module(name)
+
+    assert sorted(module.__all__) == sorted(PUBLIC[name])
+
+
+def test_every_package_with_public_names_is_listed():
+    packages = {
+        module.__name__
+        for top in (calib, vitcompress)
+        for module in [top, *modules(top)]
+        if hasattr(module, "__path__") and getattr(module, "__all__", [])
+    }
+
+    assert packages == set(PUBLIC)
+
+
+@pytest.mark.parametrize("package", [calib, vitcompress])
+def test_every_public_name_exists(package):
+    for module in [package, *modules(package)]:
+        for name in getattr(module, "__all__", ()):
+            assert hasattr(module, name), f"{module.__name__}.{name}"
+
+
+def test_errors_carry_the_documented_exit_codes():
+    codes = {
+        name: value.exit_code
+        for name, value in vars(vitcompress).items()
+        if inspect.isclass(value) and issubclass(value, Exception)
+    }
+
+    assert codes == {
+        "VitcompressError": 1,
+        "ConfigError": 2,
+        "UnsupportedModelError": 4,
+        "ExportError": 4,
+        "PassError": 4,
+        "InputError": 5,
+        "ArtifactError": 5,
+    }
+
+
+def test_arguments_of_the_entry_points_keep_their_names():
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    assert names(vitcompress.quantize) == [
+        *("model", "bits", "scheme", "recipe", "source", "overrides", "model_id"),
+    ]
+    assert names(vitcompress.load) == ["path"]
+    assert names(vitcompress.export_onnx) == ["model", "path", "target"]
+    assert names(vitcompress.evaluate) == ["model", "source", "reference", "execution", "data"]
+    assert names(vitcompress.CompressedModel.save) == ["self", "path", "overwrite"]
+    assert names(calib.open_source)[:2] == ["spec", "samples"]

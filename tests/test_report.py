@@ -81,7 +81,14 @@ def test_protocol_says_under_which_conditions_the_figures_hold(report, source):
 def test_every_pass_and_stage_has_time_and_memory(report):
     names = [entry.name for entry in report.passes]
 
-    assert names == ["attach", "calibrate", "calibrate", "freeze"]
+    assert names == [
+        "attach",
+        "calibrate",
+        "repq_vit",
+        "refine_ranges",
+        "integer_bias",
+        "freeze",
+    ]
     assert [s.name for s in report.stages] == [
         *("read images", "capture", "compress", "measure", "compare"),
     ]

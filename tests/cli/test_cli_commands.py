@@ -271,7 +271,7 @@ def test_shown_recipe_is_complete_and_valid(vitcompress, tmp_path):
     assert content["scheme"] == "W3A3"
     assert content["passes"][0]["rules"][0]["bits"] == 3
     assert (again.code, again.err) == (0, "")
-    assert "mine.yaml: valid; repq_vit-w3a3, 4 passes" in again.out
+    assert "mine.yaml: valid; repq_vit-w3a3, 5 passes" in again.out
 
 
 def test_recipe_file_is_used(vitcompress, captured, tmp_path):

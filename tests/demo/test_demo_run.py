@@ -106,6 +106,8 @@ def test_float_linear_makes_the_demo_fail(demo, monkeypatch, tmp_path):
 
 def fake_result():
     verification = Verification(
+        code_mismatch=0.0,
+        in_step_cosine=1.0,
         runtime="none",
         images=1,
         cosine=1.0,

@@ -20,6 +20,7 @@ from vitcompress.export.onnx import exporter
 from vitcompress.export.onnx.exporter import METADATA_KEY
 from vitcompress.numerics.nonuniform import parity_table
 from vitcompress.quantizers import Affine, Codebook
+from vitcompress.recipe import Recipe
 from vitcompress.report import ExportEntry
 
 WIDTHS = [
@@ -223,13 +224,40 @@ def test_bias_of_eight_bit_linears_is_int32(export):
 
 
 @pytest.mark.parametrize(("recipe", "scheme"), [("deploy", "W4A8"), ("repq_vit", "W4A4")])
-def test_bias_of_narrow_linears_is_added_in_float(export, recipe, scheme):
-    """In steps of s_x s_w it would be off by enough to move codes at the next quantizer."""
+def test_narrow_linears_have_an_exact_int32_bias(export, recipe, scheme):
+    """Steps of s_x s_w are coarse there; the graph holds whole steps, so none is rounded."""
     exported = export(recipe, scheme, "ort-cpu")
     _, graph = load_file(exported.path)
 
+    assert all(len(graph.named(linear).input) == 3 for linear in LINEARS)
+    assert exported.result.verification.code_mismatch < 1e-4
+    assert exported.result.verification.in_step_cosine > 1.0 - 1e-9
+
+
+def test_bias_that_is_no_whole_steps_is_added_in_float(vit_graph, source, tmp_path):
+    passes = [
+        {
+            "pass": "attach",
+            "rules": [
+                {"roles": ["weight"], "bits": 4, "granularity": "per_channel"},
+                {
+                    "roles": ["norm_output", "proj_input", "act_output", "head_input"],
+                    "bits": 4,
+                },
+            ],
+        },
+        {"pass": "calibrate"},
+        {"pass": "freeze"},
+    ]
+    fields = {"schema": 1, "name": "plain", "scheme": "W4A4", "passes": passes}
+    model = quantized(vit_graph, source, recipe=Recipe.from_dict(fields))
+
+    result = model.export_onnx(tmp_path / "m.onnx", images=images(4, seed=3))
+
+    _, graph = load_file(tmp_path / "m.onnx")
     assert all(len(graph.named(linear).input) == 2 for linear in LINEARS)
-    assert exported.result.verification.max_difference < 1e-4
+    assert result.verification.integer_linears == len(LINEARS)
+    assert result.verification.code_mismatch < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -257,8 +257,8 @@ class Lowering:
     def _activation_value(self, node: ir.Node, codes: ir.Value, quantizer: Affine) -> ir.Value:
         """Return the float activation; several scales by plain arithmetic.
 
-        onnxruntime fuses a product of two ``DequantizeLinear`` whatever their axes, into a kernel
-        that then refuses to run with a left operand of several scales.
+        onnxruntime fuses a product of two ``DequantizeLinear`` whatever their axes, into a
+        kernel that then refuses to run with a left operand of several scales.
         """
         scale, point = self._activation_scale(quantizer)
         if type(quantizer.spec.granularity) is PerTensor:

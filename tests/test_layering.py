@@ -23,6 +23,7 @@ FLOORS = {
     "gate": 5,
     "demo": 6,
     "terminal": 6,
+    "arguments": 6,
     "cli": 6,
     "__main__": 6,
 }

@@ -1,6 +1,5 @@
 """The command line: arguments in, printed tables out. ``vitcompress.api`` does the work."""
 
-import json
 import os
 import signal
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import onnx
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -17,16 +15,25 @@ from rich.table import Table
 
 import calib
 from vitcompress import api, terminal
+from vitcompress.arguments import (
+    calibration_source,
+    chosen_scheme,
+    default_output,
+    load_float,
+    overridden,
+    predictor_of,
+    say,
+    with_preprocessing,
+)
 from vitcompress.artifact import is_artifact, write_file
 from vitcompress.artifact.files import check_writable
-from vitcompress.errors import ConfigError, InputError, VitcompressError
-from vitcompress.evaluate import Predictor, evaluate, onnx_predictor
+from vitcompress.errors import VitcompressError
+from vitcompress.evaluate import evaluate
 from vitcompress.export.onnx import TARGETS
-from vitcompress.export.onnx.exporter import METADATA_KEY
 from vitcompress.measure import measure_activations
-from vitcompress.models import LoadedModel, load_model
-from vitcompress.recipe import Recipe, available_recipes, load_recipe
+from vitcompress.recipe import available_recipes, load_recipe
 from vitcompress.report import EvaluationEntry, ExportEntry
+from vitcompress.terminal import out
 
 __all__ = ["app", "main"]
 
@@ -41,10 +48,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-#: Columns where the output is a file or a pipe, which has no width of its own.
-PLAIN_WIDTH = 120
-
-out = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(stderr=True)
 
 # Options that several commands share.
@@ -119,20 +122,20 @@ def quantize(
     """Quantize a model, evaluate it, and save the artefact."""
     chosen = api.resolve_recipe(
         bits=bits,
-        scheme=_scheme(bits, scheme, w_bits, a_bits),
+        scheme=chosen_scheme(bits, scheme, w_bits, a_bits),
         recipe=recipe,
         overrides=set_ or (),
     )
-    destination = output or _default_output(model, chosen)
+    destination = output or default_output(model, chosen)
     check_writable(destination, overwrite=overwrite)
-    loaded = _with_preprocessing(
-        _load(model, arch, trust_input, num_classes, image_size),
+    loaded = with_preprocessing(
+        load_float(model, arch, trust_input, num_classes, image_size),
         crop_fraction,
         interpolation,
         mean,
         std,
     )
-    source = _calibration(calib_, samples, seed, batch_size, loaded.preprocessing)
+    source = calibration_source(calib_, samples, seed, batch_size, loaded.preprocessing)
     evaluation = None
     if eval_ is not None:
         evaluation = calib.open_source(
@@ -141,10 +144,10 @@ def quantize(
             batch_size=batch_size,
             preprocessing=loaded.preprocessing,
         )
-    _say("model", loaded.source)
-    _say("preprocessing", loaded.preprocessing.describe())
-    _say("scheme", f"{chosen.scheme}, recipe {chosen.name}: {chosen.description}")
-    _say("calibration", source.describe())
+    say("model", loaded.source)
+    say("preprocessing", loaded.preprocessing.describe())
+    say("scheme", f"{chosen.scheme}, recipe {chosen.name}: {chosen.description}")
+    say("calibration", source.describe())
     compressed = api.quantize(loaded, recipe=chosen, source=source)
     if source.skipped:
         names = ", ".join(f"{s.id} ({s.reason})" for s in source.skipped[:3])
@@ -185,8 +188,8 @@ def inspect(
         compressed = api.load(model)
         graph, preprocessing = compressed.graph, compressed.preprocessing
     else:
-        loaded = _load(model, arch, trust_input, num_classes, image_size)
-        _say("model", loaded.source)
+        loaded = load_float(model, arch, trust_input, num_classes, image_size)
+        say("model", loaded.source)
         graph, preprocessing = api.capture_model(loaded), loaded.preprocessing
     measurements = None
     if calib_ is not None:
@@ -225,17 +228,17 @@ def evaluate_command(
     json_: Json = None,
 ) -> None:
     """Measure accuracy of an artefact, an ONNX file or a float model."""
-    predictor, preprocessing, execution = _predictor(
+    predictor, preprocessing, execution = predictor_of(
         model, arch, trust_input, num_classes, image_size
     )
-    preprocessing = _overridden(preprocessing, crop_fraction, interpolation, mean, std)
+    preprocessing = overridden(preprocessing, crop_fraction, interpolation, mean, std)
     source = calib.open_source(
         eval_, samples=eval_samples, batch_size=batch_size, preprocessing=preprocessing
     )
-    _say("preprocessing", preprocessing.describe())
+    say("preprocessing", preprocessing.describe())
     compare = None
     if reference is not None:
-        compare, _, _ = _predictor(reference, arch, trust_input, num_classes, image_size)
+        compare, _, _ = predictor_of(reference, arch, trust_input, num_classes, image_size)
     entry = evaluate(predictor, source, reference=compare)
     entry = entry.model_copy(update={"execution": execution})
     if not entry.labelled:
@@ -318,155 +321,6 @@ def demo(
     from vitcompress.demo.run import run_demo
 
     run_demo(out, output)
-
-
-# From arguments to objects
-
-
-def _scheme(
-    bits: int | None, scheme: str | None, w_bits: int | None, a_bits: int | None
-) -> str | None:
-    if w_bits is None and a_bits is None:
-        return scheme
-    if scheme is not None or bits is not None:
-        raise ConfigError("give one of --bits, --scheme, or --w-bits with --a-bits")
-    return f"W{8 if w_bits is None else w_bits}A{8 if a_bits is None else a_bits}"
-
-
-def _default_output(model: str, recipe: Recipe) -> Path:
-    stem = model.rpartition("/")[2].partition(":")[0]
-    for suffix in (".safetensors", ".pth.tar", ".pth", ".pt", ".bin"):
-        stem = stem.removesuffix(suffix)
-    return Path(f"{stem}-{str(recipe.scheme).lower()}")
-
-
-def _load(
-    model: str,
-    arch: str | None,
-    trust_input: bool,
-    num_classes: int | None,
-    image_size: int | None,
-) -> LoadedModel:
-    if is_artifact(Path(model)):
-        raise InputError(
-            f"{model}: is compressed already; give the float model it was made from"
-        )
-    return load_model(
-        model,
-        arch=arch,
-        trust_input=trust_input,
-        num_classes=num_classes,
-        image_size=image_size,
-    )
-
-
-def _with_preprocessing(
-    loaded: LoadedModel,
-    crop_fraction: float | None,
-    interpolation: str | None,
-    mean: str | None,
-    std: str | None,
-) -> LoadedModel:
-    preprocessing = _overridden(loaded.preprocessing, crop_fraction, interpolation, mean, std)
-    return LoadedModel(
-        loaded.module,
-        loaded.name,
-        preprocessing,
-        loaded.num_classes,
-        loaded.source,
-        loaded.digest,
-    )
-
-
-def _overridden(
-    preprocessing: calib.Preprocessing,
-    crop_fraction: float | None,
-    interpolation: str | None,
-    mean: str | None,
-    std: str | None,
-) -> calib.Preprocessing:
-    fields = preprocessing.to_dict()
-    if crop_fraction is not None:
-        fields["crop_fraction"] = crop_fraction
-    if interpolation is not None:
-        fields["interpolation"] = interpolation
-    for name, text in (("mean", mean), ("std", std)):
-        if text is not None:
-            try:
-                fields[name] = [float(part) for part in text.split(",")]
-            except ValueError as error:
-                raise ConfigError(
-                    f"--{name}: expected numbers like 0.5,0.5,0.5, got '{text}'"
-                ) from error
-    try:
-        return calib.Preprocessing.from_dict(fields)
-    except calib.SourceError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _calibration(
-    spec: str | None,
-    samples: int,
-    seed: int,
-    batch_size: int,
-    preprocessing: calib.Preprocessing,
-) -> calib.Source:
-    if spec is None:
-        out.print(
-            "[yellow]no --calib: calibrating on rendered images (synthetic); real ones serve "
-            "better[/yellow]"
-        )
-    return calib.open_source(
-        spec or "synthetic",
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        preprocessing=preprocessing,
-    )
-
-
-def _predictor(
-    model: str,
-    arch: str | None,
-    trust_input: bool,
-    num_classes: int | None,
-    image_size: int | None,
-) -> tuple[Predictor, calib.Preprocessing, str]:
-    """Return what computes, how its images are prepared, and the word for who computes."""
-    path = Path(model)
-    if is_artifact(path):
-        compressed = api.load(path)
-        _say("model", f"artefact {model}: {compressed.recipe.label}")
-        return (
-            compressed.graph.logits,
-            compressed.preprocessing or calib.Preprocessing(),
-            "simulated",
-        )
-    if path.suffix == ".onnx":
-        predictor = onnx_predictor(path)
-        _say("model", f"ONNX file {model} in onnxruntime")
-        return predictor, _onnx_preprocessing(path), "executed"
-    loaded = _load(model, arch, trust_input, num_classes, image_size)
-    _say("model", loaded.source)
-    return loaded.module, loaded.preprocessing, "float"
-
-
-def _onnx_preprocessing(path: Path) -> calib.Preprocessing:
-    properties = onnx.load(str(path), load_external_data=False).metadata_props
-    found = {entry.key: entry.value for entry in properties}
-    try:
-        fields = json.loads(found[METADATA_KEY])["preprocessing"]
-        return calib.Preprocessing.from_dict(fields)
-    except (KeyError, TypeError, ValueError, calib.SourceError):
-        out.print(
-            "[yellow]the file does not say how its images are prepared: "
-            "ImageNet's way[/yellow]"
-        )
-        return calib.Preprocessing()
-
-
-def _say(label: str, text: str) -> None:
-    out.print(f"[dim]{label}:[/dim] {escape(text)}", soft_wrap=True)
 
 
 def _write(path: Path, entry: EvaluationEntry | ExportEntry) -> None:

@@ -1,5 +1,6 @@
 """Readable tables of reports, sites and figures."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,7 +15,12 @@ from vitcompress.measure import SiteMeasurement
 from vitcompress.passes.base import quantizers_of
 from vitcompress.report import CompressionReport, EvaluationEntry, ExportEntry, SiteEntry
 
-__all__ = ["print_evaluation", "print_export", "print_graph", "print_report"]
+__all__ = ["out", "print_evaluation", "print_export", "print_graph", "print_report"]
+
+#: Columns where the output is a file or a pipe, which has no width of its own.
+PLAIN_WIDTH = 120
+
+out = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 #: A site is flagged when one channel's peak exceeds the next channel's this many times.
 LONE_CHANNEL_FACTOR = 4.0

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from torch import Tensor
 
 from vitcompress.errors import ExportError
-from vitcompress.export.onnx.lowerings import Lowering, unsupported_sites
+from vitcompress.export.onnx.lowerings import Lowering
 from vitcompress.export.onnx.program import marked_model
+from vitcompress.export.onnx.support import unsupported_sites
 from vitcompress.export.onnx.targets import Target, find_target
 from vitcompress.export.onnx.verify import Verification, verify
 from vitcompress.graph import CapturedGraph

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from vitcompress.errors import ExportError
 from vitcompress.export.onnx.program import DOMAIN
+from vitcompress.export.onnx.support import half_range
 from vitcompress.export.onnx.targets import Target
 from vitcompress.quantizers import (
     Affine,
-    Codebook,
     Log2,
     PerChannel,
     PerGroup,
@@ -29,37 +29,9 @@ from vitcompress.quantizers import (
     Quantizer,
 )
 
-__all__ = ["Lowering", "unsupported_sites"]
+__all__ = ["Lowering"]
 
 _INT32_MAX = 2**31 - 1
-
-
-def unsupported_sites(quantizers: Mapping[str, Quantizer]) -> dict[str, str]:
-    """Return the sites that cannot be written to ONNX, with the reason for each."""
-    found: dict[str, str] = {}
-    for quantizer in quantizers.values():
-        granularity = quantizer.spec.granularity
-        defect = quantizer.defect()
-        if not quantizer.calibrated:
-            found[quantizer.site] = "has no parameters"
-        elif defect is not None and not (quantizer.frozen and _zero_points_fit(quantizer)):
-            found[quantizer.site] = f"not strictly {quantizer.spec.bits} bits: {defect}"
-        elif quantizer.frozen and not isinstance(quantizer, Affine):
-            found[quantizer.site] = f"format {quantizer.spec.format} is not offered on weights"
-        elif not quantizer.frozen and isinstance(granularity, PerGroup):
-            found[quantizer.site] = "groups are not offered on activations"
-        elif isinstance(quantizer, Codebook) and type(granularity) is not PerTensor:
-            found[quantizer.site] = "tables are offered per tensor only"
-    return found
-
-
-def _zero_points_fit(quantizer: Quantizer) -> bool:
-    """Return whether whole zero points outside the codes still fit an INT8 zero point."""
-    if not isinstance(quantizer, Affine):
-        return False
-    points = quantizer.zero_point - (0 if quantizer.spec.symmetric else _half(quantizer))
-    whole = bool((points == points.round()).all())
-    return whole and float(points.min()) >= -128 and float(points.max()) <= 127
 
 
 @dataclass
@@ -216,7 +188,7 @@ class Lowering:
         assert stored.const_value is not None
         quantizer = self.quantizers[node.attributes["target"].as_string()]
         assert isinstance(quantizer, Affine)
-        offset = 0 if quantizer.spec.symmetric else _half(quantizer)
+        offset = 0 if quantizer.spec.symmetric else half_range(quantizer)
         codes = stored.const_value.numpy().astype(np.int16) - offset
         points = quantizer.zero_point.numpy().astype(np.int16) - offset
         bits = quantizer.spec.bits
@@ -408,11 +380,6 @@ def stored_rows(weight: ir.Value) -> int:
     if not isinstance(rows, int):
         raise ExportError(f"{weight.name}: the weight has no static shape")
     return rows
-
-
-def _half(quantizer: Affine) -> int:
-    """Return what turns unsigned codes into signed ones of the same width."""
-    return int(2 ** (quantizer.spec.bits - 1))
 
 
 def _axis(quantizer: Quantizer) -> dict[str, int]:

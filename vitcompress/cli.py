@@ -76,12 +76,14 @@ Calib = Annotated[
     str | None,
     typer.Option(help="Images to calibrate on: folder, .csv, .npy, .npz, .safetensors, .tar"),
 ]
-Samples = Annotated[int, typer.Option(help="Calibration images")]
-Seed = Annotated[int, typer.Option(help="Chooses the calibration images")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration images")]
+Seed = Annotated[int, typer.Option(min=0, help="Chooses the calibration images")]
 Eval = Annotated[str | None, typer.Option("--eval", help="Labelled images to evaluate on")]
-EvalSamples = Annotated[int | None, typer.Option(help="Evaluate on this many; all by default")]
+EvalSamples = Annotated[
+    int | None, typer.Option(min=1, help="Evaluate on this many; all by default")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file")]
-Batch = Annotated[int, typer.Option(help="Images in a batch")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a batch")]
 
 
 @app.command()

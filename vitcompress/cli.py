@@ -72,10 +72,6 @@ Crop = Annotated[float | None, typer.Option(help="Share of the resized edge that
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, lanczos, nearest")]
 Mean = Annotated[str | None, typer.Option(help="Per-channel mean, e.g. 0.5,0.5,0.5")]
 Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation")]
-Calib = Annotated[
-    str | None,
-    typer.Option(help="Images to calibrate on: folder, .csv, .npy, .npz, .safetensors, .tar"),
-]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration images")]
 Seed = Annotated[int, typer.Option(min=0, help="Chooses the calibration images")]
 Eval = Annotated[str | None, typer.Option("--eval", help="Labelled images to evaluate on")]

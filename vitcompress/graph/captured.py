@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vitcompress.errors import InputError, UnsupportedModelError
-from vitcompress.graph.metadata import TensorInfo, info, set_info
+from vitcompress.graph.metadata import info, set_info
 
 __all__ = ["QUANTIZER_PREFIX", "CapturedGraph", "OutputDict", "Provenance"]
 
@@ -209,10 +209,6 @@ class CapturedGraph:
     def nodes_of_kind(self, op: str) -> Iterator[fx.Node]:
         """Yield the nodes with the given FX opcode, in graph order."""
         return (node for node in self.graph.nodes if node.op == op)
-
-    def tensor_info(self, node: fx.Node) -> TensorInfo | None:
-        """Return shape and dtype of a node's value, or ``None`` if it is not one tensor."""
-        return node.meta.get("info")
 
 
 def _extents(shape: tuple[int, ...]) -> str:

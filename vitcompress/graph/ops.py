@@ -91,9 +91,6 @@ UNBIND: Collection[Target] = {
     aten.chunk.default,
 }
 GETITEM: Collection[Target] = {operator.getitem}
-CAT: Collection[Target] = {aten.cat.default, aten.stack.default}
-MEAN: Collection[Target] = {aten.mean.dim, aten.adaptive_avg_pool2d.default}
-INDEX: Collection[Target] = {aten.index.Tensor, aten.index_select.default}
 #: Values pass unchanged; only their arrangement differs.
 REARRANGE: Collection[Target] = (
     {*RESHAPE, *PERMUTE, *TRANSPOSE, *PICK, *SELECT, *ROLL, *UNBIND, *GETITEM}

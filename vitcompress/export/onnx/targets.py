@@ -20,7 +20,6 @@ class Target:
             stored type itself.
         linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
             onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
-        integer_linears: Whether every quantized linear must run as integers in onnxruntime.
         description: One line for people.
     """
 
@@ -28,7 +27,6 @@ class Target:
     opset: int = 21
     low_bit_weights: Literal["cast", "direct"]
     linear: Literal["gemm", "matmul"]
-    integer_linears: bool
     description: str
 
 
@@ -39,7 +37,6 @@ TARGETS: dict[str, Target] = {
             name="ort-cpu",
             low_bit_weights="cast",
             linear="gemm",
-            integer_linears=True,
             description=(
                 "onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8"
             ),
@@ -48,7 +45,6 @@ TARGETS: dict[str, Target] = {
             name="generic",
             low_bit_weights="direct",
             linear="matmul",
-            integer_linears=False,
             description="plain QDQ of standard operators, INT4 weights dequantized directly",
         ),
     )

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from vitcompress.calibration import CalibrationSource
 from vitcompress.calibration.interpreter import run
-from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
+from vitcompress.graph import CapturedGraph, QuantizationSite, enumerate_sites
 from vitcompress.numerics.metrics import sqnr_db
 from vitcompress.quantizers import Quantizer
 
@@ -89,7 +89,7 @@ def measure_activations(
         graph: Float or compressed; quantizers are on.
         source: Images.
     """
-    sites = [s for s in enumerate_sites(graph).values() if s.role is not Role.WEIGHT]
+    sites = [s for s in enumerate_sites(graph).values() if not s.stored]
     meters = {site.name: _Meter(_quantizer(graph, site)) for site in sites}
     listening: dict[fx.Node, list[_Meter]] = {}
     for site in sites:

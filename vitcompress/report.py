@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vitcompress.engine import PassRecord
 from vitcompress.errors import ArtifactError
 from vitcompress.export.onnx import ExportResult
-from vitcompress.graph import CapturedGraph, Role, enumerate_sites
+from vitcompress.graph import CapturedGraph, enumerate_sites
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.measure import SiteMeasurement
 from vitcompress.numerics.packing import packed_size
@@ -245,7 +245,7 @@ def site_entries(
         )
         assert quantizer is None or isinstance(quantizer, Quantizer)
         figures: dict[str, Any] = {"sqnr_db": None}
-        if site.role is Role.WEIGHT and quantizer is not None:
+        if site.stored and quantizer is not None:
             figures = {"sqnr_db": weight_sqnr_db.get(quantizer.site)}
         elif site.name in measurements:
             found = measurements[site.name]

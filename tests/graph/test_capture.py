@@ -260,6 +260,9 @@ class OneAttention(nn.Module):
         probs = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
         return self.mix(probs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
 
+    def linear_attention(self, q, k, v):
+        return torch.relu(q) @ (torch.relu(k).transpose(-2, -1) @ v) / q.shape[-2]
+
     def causal(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -281,7 +284,7 @@ RECOGNISED = (
 )
 
 
-@pytest.mark.parametrize("kind", [*RECOGNISED, "talking_heads"])
+@pytest.mark.parametrize("kind", [*RECOGNISED, "talking_heads", "linear_attention"])
 def test_every_spelling_of_attention_keeps_its_function(kind):
     model = enliven(OneAttention(kind))
 
@@ -314,13 +317,13 @@ def test_the_softmax_side_of_a_product_is_the_probs_side():
     assert by_role[Role.VALUE].shape == (None, 4, 4, 16)
 
 
-def test_attention_that_is_not_recognised_is_quantized_plainly():
-    graph = capture(enliven(OneAttention("talking_heads")), images(2))
+def test_a_product_without_softmax_is_no_attention():
+    graph = capture(enliven(OneAttention("linear_attention")), images(2))
 
     sites = enumerate_sites(graph)
 
     products = {name: site.role for name, site in sites.items() if site.operation == "matmul"}
-    assert list(products.values()) == [Role.OTHER] * 4
+    assert list(products.values()) == [Role.PRODUCT] * 4
     assert list(products) == [":left", ":right", ":left.1", ":right.1"]
 
 

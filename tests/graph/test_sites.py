@@ -86,7 +86,7 @@ def test_separate_query_key_and_value_linears_read_one_value():
     assert len(values) == 1
 
 
-def test_a_product_with_a_constant_has_one_site():
+def test_a_product_with_a_stored_matrix_is_a_linear():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -98,7 +98,8 @@ def test_a_product_with_a_constant_has_one_site():
 
     sites = enumerate_sites(capture(Mixed(), images(2)))
 
-    assert list(sites) == ["conv:input", "conv:weight", ":left"]
+    assert list(sites) == ["conv:input", "conv:weight", ":input", ":weight"]
+    assert sites[":input"].operation == "linear"
 
 
 def test_channel_axes_are_rows_of_weights_and_features_of_activations(vit_graph):

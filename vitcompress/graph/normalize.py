@@ -1,8 +1,9 @@
 """One spelling for every structure: what the exporter leaves open is decided here.
 
-After normalisation there is no dropout, identity, cast or assertion, no batch norm behind a
-convolution or linear, no fused attention, no arithmetic on constants alone; ``matmul`` and
-``reshape`` have one spelling each. The function computed is unchanged up to rounding.
+After normalisation there is no dropout, identity, cast or assertion, no batch norm or
+LayerScale that the weights next to it can absorb, no fused attention, no arithmetic on
+constants alone; products and reshapes have one spelling each. The function computed is
+unchanged up to rounding.
 """
 
 import math
@@ -15,15 +16,15 @@ from torch import Tensor, fx
 from vitcompress.errors import UnsupportedModelError
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
-from vitcompress.graph.edit import constant_node
-from vitcompress.graph.metadata import (
-    ModulePath,
-    info,
-    list_argument,
-    module_path,
-    node_argument,
+from vitcompress.graph.constants import drop_empty_masks, fold_constants
+from vitcompress.graph.folding import (
+    fold_batch_norms,
+    fold_channel_scales,
+    fold_leading_batch_norms,
 )
+from vitcompress.graph.metadata import info, list_argument, module_path
 from vitcompress.graph.ops import is_op
+from vitcompress.graph.products import spell_products, spell_stored_products
 
 __all__ = ["DECOMPOSITIONS", "normalize"]
 
@@ -82,8 +83,13 @@ def normalize(captured: CapturedGraph) -> None:
     """Bring a freshly exported graph into normal form, in place."""
     _drop_without_effect(captured.graph)
     _one_spelling(captured.graph)
-    _fold_constants(captured)
-    _fold_batch_norms(captured)
+    spell_products(captured)
+    fold_constants(captured)
+    drop_empty_masks(captured)
+    spell_stored_products(captured)
+    fold_batch_norms(captured)
+    fold_channel_scales(captured)
+    fold_leading_batch_norms(captured)
     captured.recompile()
 
 
@@ -128,115 +134,14 @@ def _is_training_dropout(node: fx.Node) -> bool:
     return is_op(node, ops.DROPOUT) and len(node.args) > 2 and node.args[2] is True
 
 
-# Constants
-
-
-def _fold_constants(captured: CapturedGraph) -> None:
-    """Compute every value without an image among its ancestors, and store it as a tensor."""
-    constants: dict[fx.Node, Any] = {}
-    for node in captured.graph.nodes:
-        if node.op == "get_attr":
-            constants[node] = captured.parameter(str(node.target))
-        elif is_op(node, ops.FILL) and all(isinstance(e, int) for e in info(node).shape):
-            # Reads only the dtype of its input, and writes a value known now.
-            constants[node] = _filled(node)
-        elif (
-            node.op == "call_function"
-            and not is_op(node, ops.RANDOM)
-            and all(source in constants for source in node.all_input_nodes)
-        ):
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
-            with torch.no_grad():
-                constants[node] = node.target(*arguments[0], **arguments[1])
-    for node, value in constants.items():
-        used = any(user not in constants for user in node.users)
-        if node.op == "call_function" and used and isinstance(value, Tensor):
-            stored = constant_node(captured, node, "constant", value.contiguous())
-            node.replace_all_uses_with(stored, delete_user_cb=lambda u: u not in constants)
-
-
-def _filled(node: fx.Node) -> Tensor:
-    source, *arguments = node.args
-    assert isinstance(source, fx.Node)
-    stand_in = torch.empty(0, dtype=getattr(torch, info(source).dtype))
-    value: Tensor = node.target(stand_in, *arguments, **node.kwargs)  # type: ignore[operator]
-    return value
-
-
 # One spelling
 
 
 def _one_spelling(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if is_op(node, ops.BMM):
-            node.target = ops.matmul
-        elif is_op(node, ops.VIEW):
+        if is_op(node, ops.VIEW):
             # Dropping copies leaves strided values, on which `view` would fail.
             node.target = ops.reshape
         elif is_op(node, ops.INTERNAL_SOFTMAX):
             node.target = ops.softmax
             node.args = node.args[:2]
-
-
-# Batch norm
-
-
-def _fold_batch_norms(captured: CapturedGraph) -> None:
-    """Fold evaluation-mode batch norms into the convolution or linear before them."""
-    for node in list(captured.graph.nodes):
-        if not is_op(node, ops.BATCH_NORM):
-            continue
-        producer = _foldable_producer(node)
-        statistics = [_stored(captured, argument) for argument in node.args[1:5]]
-        if producer is None or statistics[2] is None or statistics[3] is None:
-            continue
-        _fold_into(captured, producer, statistics, eps=float(node.args[6]))
-        for output in list(node.users):  # getitem 0: the other outputs have no reader
-            output.replace_all_uses_with(node.args[0])
-
-
-def _foldable_producer(norm: fx.Node) -> fx.Node | None:
-    """Return the convolution or linear whose only reader is the norm, through reshapes."""
-    value = norm.args[0]
-    while isinstance(value, fx.Node) and len(value.users) == 1:
-        if is_op(value, ops.CONV):
-            # A reshape in between may only have dropped extents of 1: [B, C, 1, 1] to [B, C].
-            flat = value is norm.args[0] or set(info(value).shape[2:]) == {1}
-            return value if flat else None
-        if is_op(value, ops.LINEAR):
-            # A linear's channels are its last axis; the norm reads axis 1, so both must agree.
-            shape = info(node_argument(norm, 0)).shape
-            return value if len(shape) == 2 and shape[1] == info(value).shape[-1] else None
-        if not is_op(value, ops.RESHAPE) or len(info(value).shape) != 2:
-            return None
-        value = value.args[0]
-    return None
-
-
-def _stored(captured: CapturedGraph, node: Any) -> Tensor | None:
-    if isinstance(node, fx.Node) and node.op == "get_attr":
-        return captured.parameter(str(node.target))
-    return None
-
-
-def _fold_into(
-    captured: CapturedGraph, producer: fx.Node, statistics: list[Tensor | None], eps: float
-) -> None:
-    gamma, beta, mean, variance = (None if s is None else s.double() for s in statistics)
-    assert mean is not None
-    assert variance is not None
-    weight_node = node_argument(producer, 1)
-    bias_node = producer.args[2] if len(producer.args) > 2 else None
-    weight = captured.parameter(str(weight_node.target)).double()
-    factor = torch.rsqrt(variance + eps)
-    if gamma is not None:
-        factor = factor * gamma
-    bias = _stored(captured, bias_node)
-    shift = -mean if bias is None else bias.double() - mean
-    shift = shift * factor + (0.0 if beta is None else beta)
-    scaled = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    path = str(weight_node.target).rpartition(".")[0]
-    owner = ModulePath(path, module_path(producer).kind)
-    new_weight = constant_node(captured, producer, "weight", scaled.float(), owner)
-    new_bias = constant_node(captured, producer, "bias", shift.float(), owner)
-    producer.args = (producer.args[0], new_weight, new_bias, *producer.args[3:])

@@ -24,6 +24,10 @@ softmax = aten.softmax.int
 add = aten.add.Tensor
 sub = aten.sub.Tensor
 mul = aten.mul.Tensor
+expand = aten.expand.default
+permute = aten.permute.default
+select = aten.select.int
+unsqueeze = aten.unsqueeze.default
 sym_size = aten.sym_size.int
 attention = aten.scaled_dot_product_attention.default
 
@@ -37,11 +41,13 @@ CONV: Collection[Target] = {
 BMM: Collection[Target] = {aten.bmm.default}
 MATMUL: Collection[Target] = {matmul, *BMM}
 LAYER_NORM: Collection[Target] = {aten.layer_norm.default}
+EINSUM: Collection[Target] = {aten.einsum.default}
+#: ``(addend, left, right)``.
+ADDED_PRODUCT: Collection[Target] = {aten.addmm.default, aten.baddbmm.default}
 #: Products of activations that have no sites: they stay float, and are reported as such.
 UNLISTED_PRODUCT: Collection[Target] = {
-    aten.einsum.default,
-    aten.baddbmm.default,
-    aten.addmm.default,
+    *EINSUM,
+    *ADDED_PRODUCT,
     aten.conv_transpose2d.input,
 }
 #: ``(x, weight, bias, mean, variance, momentum, eps)`` -> ``(y, ...)``.
@@ -59,12 +65,19 @@ ACTIVATION: Collection[Target] = {
     aten.elu.default,
     aten.mish.default,
 }
+GATE: Collection[Target] = {
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.tanh.default,
+}
+POWER: Collection[Target] = {aten.pow.Tensor_Scalar, aten.square.default}
+SUM: Collection[Target] = {aten.sum.dim_IntList}
 MUL: Collection[Target] = {aten.mul.Tensor, aten.mul.Scalar}
 DIV: Collection[Target] = {aten.div.Tensor, aten.div.Scalar}
 ADD: Collection[Target] = {aten.add.Tensor, aten.add.Scalar}
 SUB: Collection[Target] = {aten.sub.Tensor, aten.sub.Scalar}
 PAD: Collection[Target] = {aten.pad.default, aten.constant_pad_nd.default}
-PERMUTE: Collection[Target] = {aten.permute.default}
+PERMUTE: Collection[Target] = {permute}
 TRANSPOSE: Collection[Target] = {aten.transpose.int}
 VIEW: Collection[Target] = {aten.view.default, aten._unsafe_view.default}
 RESHAPE: Collection[Target] = {
@@ -74,14 +87,15 @@ RESHAPE: Collection[Target] = {
     aten.unflatten.int,
     aten.squeeze.dim,
     aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
+    unsqueeze,
+    expand,
     aten.expand_as.default,
     aten.view_as.default,
 }
+EXPAND: Collection[Target] = {expand}
 #: Rank-preserving picks along one axis: ``(x, dim, ...)``.
 PICK: Collection[Target] = {aten.slice.Tensor, aten.narrow.default}
-SELECT: Collection[Target] = {aten.select.int}
+SELECT: Collection[Target] = {select}
 ROLL: Collection[Target] = {aten.roll.default}
 UNBIND: Collection[Target] = {
     aten.unbind.int,
@@ -97,11 +111,12 @@ REARRANGE: Collection[Target] = (
     | {aten.contiguous.default, aten.clone.default, aten.repeat.default, aten.t.default}
     | {aten.unfold.default, aten.im2col.default}
 )
+MASKED_FILL: Collection[Target] = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 #: What may lie between a score product and its softmax.
 SCORE_PATH: Collection[Target] = (
-    {*MUL, *DIV, *ADD, *SUB, *RESHAPE, *PERMUTE, *TRANSPOSE, *GETITEM}
+    {*MUL, *DIV, *ADD, *SUB, *RESHAPE, *PERMUTE, *TRANSPOSE, *PICK, *GETITEM}
     | {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp.default, aten.where.self}
-    | {aten.contiguous.default, aten.clone.default}
+    | {aten.contiguous.default, aten.clone.default, aten.slice_scatter.default}
 )
 #: ``(x, p, train)``.
 DROPOUT: Collection[Target] = {

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from vitcompress.graph import ops
+from vitcompress.graph.axes import moved_axis
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import (
     info,
-    int_argument,
     list_argument,
     module_path,
     node_argument,
@@ -50,54 +50,98 @@ def _passes_through(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention core: a softmax between two products of activations.
+    """One attention core: a product of activations with the result of a softmax.
 
     Attributes:
-        scores: Product of query (argument 0) and key (argument 1).
+        scores: Product of query (argument 0) and key (argument 1); ``None`` where the softmax
+            is not of a product (outlook attention, a softmax over the keys alone).
         softmax: The softmax node.
         output: Product of probabilities and value.
         probs_index: Which argument of ``output`` holds the probabilities.
+        score_mixers: Linears over the head axis between ``scores`` and ``softmax``.
+        probs_mixers: Those between ``softmax`` and ``output`` (talking heads).
     """
 
-    scores: fx.Node
+    scores: fx.Node | None
     softmax: fx.Node
     output: fx.Node
     probs_index: int
+    score_mixers: tuple[fx.Node, ...]
+    probs_mixers: tuple[fx.Node, ...]
 
 
 def attentions(captured: CapturedGraph) -> Iterator[Attention]:
     """Yield the attention cores in graph order."""
     for node in captured.graph.nodes:
-        if not is_op(node, ops.SOFTMAX):
-            continue
-        scores = _score_product(node.args[0])
-        reader = _probs_reader(node)
-        if scores is not None and reader is not None:
-            yield Attention(scores, node, reader[0], reader[1])
+        reader = _probs_reader(node) if is_op(node, ops.SOFTMAX) else None
+        if reader is not None:
+            found = _score_product(node.args[0])
+            scores, mixers = (None, ()) if found is None else found
+            yield Attention(scores, node, reader[0], reader[1], mixers, reader[2])
 
 
-def _score_product(value: object, depth: int = 16) -> fx.Node | None:
-    """Return the product behind a softmax, through scaling, masks, biases and reshapes."""
-    if is_op(value, ops.MATMUL):
-        assert isinstance(value, fx.Node)
-        return value
-    if depth == 0 or not isinstance(value, fx.Node) or not is_op(value, ops.SCORE_PATH):
+_Path = tuple[fx.Node, ...]
+
+
+def _score_product(value: object, depth: int = 16) -> tuple[fx.Node, _Path] | None:
+    """Return the product behind a softmax, through scaling, masks, biases, mixers, moves."""
+    if depth == 0 or not isinstance(value, fx.Node):
         return None
-    found = (_score_product(source, depth - 1) for source in value.all_input_nodes)
-    return next((product for product in found if product is not None), None)
+    if is_op(value, ops.MATMUL):
+        # A product with a stored table is a position bias.
+        tables = [source for source in value.all_input_nodes if source.op == "get_attr"]
+        return None if tables else (value, ())
+    mixer = _mixes_heads(value)
+    if not mixer and not is_op(value, ops.SCORE_PATH):
+        return None
+    sources = [node_argument(value, 0)] if mixer else value.all_input_nodes
+    for source in sources:
+        found = _score_product(source, depth - 1)
+        if found is not None:
+            return found[0], (*found[1], value) if mixer else found[1]
+    return None
 
 
-def _probs_reader(softmax: fx.Node) -> tuple[fx.Node, int] | None:
-    """Return the product that reads the probabilities, and at which argument."""
-    value = softmax
-    while True:
+def _probs_reader(softmax: fx.Node) -> tuple[fx.Node, int, _Path] | None:
+    """Return the product that reads the probabilities, at which argument, and the mixers."""
+    pending: list[tuple[fx.Node, _Path]] = [(softmax, ())]
+    seen: set[fx.Node] = set()
+    while pending:
+        value, mixers = pending.pop(0)
         for user in value.users:
+            if user in seen:
+                continue
+            seen.add(user)
             if is_op(user, ops.MATMUL):
-                return user, 0 if user.args[0] is value else 1
-        onward = [u for u in value.users if is_op(u, ops.REARRANGE) or is_quantizer(u)]
-        if len(onward) != 1:
-            return None
-        value = onward[0]
+                return user, 0 if user.args[0] is value else 1, mixers
+            if _mixes_heads(user) and user.args[0] is value:
+                pending.append((user, (*mixers, user)))
+            elif is_op(user, ops.REARRANGE) or is_quantizer(user) or _rescales(user, value):
+                pending.append((user, mixers))
+    return None
+
+
+def _mixes_heads(node: fx.Node) -> bool:
+    """Return whether a linear or 1 x 1 convolution maps the head axis of scores to itself."""
+    if not is_op(node, ops.LINEAR, ops.CONV):
+        return False
+    weight = node.args[1]
+    stored = weight.args[0] if is_quantizer(weight) else weight  # type: ignore[union-attr]
+    if not isinstance(stored, fx.Node) or stored.op != "get_attr":
+        return False
+    shape = info(stored).shape
+    return len(info(node).shape) == 4 and shape[0] == shape[1] and set(shape[2:]) <= {1}
+
+
+def _rescales(node: fx.Node, value: fx.Node) -> bool:
+    """Return whether probabilities are mixed with constants, or divided by their own sum."""
+    if not is_op(node, ops.MUL, ops.ADD, ops.DIV):
+        return False
+    other = node.args[1] if node.args[0] is value else node.args[0]
+    if not isinstance(other, fx.Node) or other.op == "get_attr":
+        return True
+    total = producer(other)
+    return is_op(node, ops.DIV) and is_op(total, ops.SUM) and total.args[0] is value
 
 
 @dataclass(frozen=True)
@@ -175,12 +219,13 @@ def _follow(
             found.append(Consumer(user, quantizer, pads))
         elif is_quantizer(user):
             reason = _follow(user, user, pads, found)
-        elif is_op(user, ops.PAD) and _pads_with_zero(user):
-            last_axis_padded = any(list_argument(user, 1)[:2])
-            reason = "channels are padded" if last_axis_padded else None
-            reason = reason or _follow(user, quantizer, (*pads, user), found)
+        elif is_op(user, ops.PAD) and not _pads_with_zero(user):
+            reason = f"read by {user.name}"
         elif _keeps_channels(user, value):
-            reason = _follow(user, quantizer, pads, found)
+            padding = (user,) if is_op(user, ops.PAD) else ()
+            reason = _follow(user, quantizer, (*pads, *padding), found)
+        elif is_op(user, ops.PAD):
+            reason = "channels are padded"
         else:
             reason = f"read by {user.name}"
         if reason is not None:
@@ -212,23 +257,8 @@ def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
     """Return whether an operation leaves the last axis whole, last and in order."""
     if "info" not in node.meta:
         return False
-    rank, channels = len(info(source).shape), info(source).shape[-1]
-    if is_op(node, ops.RESHAPE):
-        # Row-major order: an unchanged last extent means an unchanged last axis.
-        return info(node).shape[-1] == channels
-    if is_op(node, ops.PERMUTE):
-        last: int = list_argument(node, 1)[-1]
-        return last % rank == rank - 1
-    if is_op(node, ops.TRANSPOSE):
-        return all(int_argument(node, index) % rank != rank - 1 for index in (1, 2))
-    if is_op(node, ops.ROLL):
-        return len(node.args) > 2 and all(
-            axis % rank != rank - 1 for axis in list_argument(node, 2)
-        )
-    if is_op(node, ops.PICK, ops.SELECT):
-        axis = int_argument(node, 1) if len(node.args) > 1 else 0
-        return axis % rank != rank - 1
-    return False
+    last = len(info(source).shape) - 1
+    return moved_axis(node, source, last) == len(info(node).shape) - 1
 
 
 @dataclass(frozen=True)

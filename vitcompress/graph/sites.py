@@ -16,7 +16,12 @@ __all__ = ["QuantizationSite", "Role", "enumerate_sites", "unlisted_products"]
 
 
 class Role(StrEnum):
-    """What a quantized tensor is in the network."""
+    """What a quantized tensor is in the network.
+
+    ``product`` is an operand of a product of activations that is no query, key, value or
+    untouched softmax: linear attention, probabilities after talking heads. ``head_mixing`` is
+    input or weight of a linear over the head axis.
+    """
 
     WEIGHT = "weight"
     PATCH_INPUT = "patch_input"
@@ -27,6 +32,8 @@ class Role(StrEnum):
     VALUE = "value"
     PROJ_INPUT = "proj_input"
     ACT_OUTPUT = "act_output"
+    PRODUCT = "product"
+    HEAD_MIXING = "head_mixing"
     HEAD_INPUT = "head_input"
     OTHER = "other"
 
@@ -58,6 +65,11 @@ class QuantizationSite:
         return node_argument(source, 0) if is_quantizer(source) else source
 
     @property
+    def stored(self) -> bool:
+        """Whether the tensor is a parameter; an activation otherwise."""
+        return self.value.op == "get_attr"
+
+    @property
     def quantizer(self) -> str | None:
         """Target of the quantizer on this edge, or ``None``."""
         source = node_argument(self.reader, self.index)
@@ -82,26 +94,33 @@ def enumerate_sites(captured: CapturedGraph) -> dict[str, QuantizationSite]:
     """
     products: dict[tuple[fx.Node, int], Role] = {}
     cores: set[fx.Node] = set()
+    mixers: set[fx.Node] = set()
     for attention in attentions(captured):
-        products[attention.scores, 0] = Role.QUERY
-        products[attention.scores, 1] = Role.KEY
-        products[attention.output, attention.probs_index] = Role.PROBS
+        if attention.scores is not None:
+            products[attention.scores, 0] = Role.QUERY
+            products[attention.scores, 1] = Role.KEY
+        # What talking heads make of probabilities is no longer between 0 and 1.
+        probs = Role.PRODUCT if attention.probs_mixers else Role.PROBS
+        products[attention.output, attention.probs_index] = probs
         products[attention.output, 1 - attention.probs_index] = Role.VALUE
         cores.add(attention.output)
+        mixers.update(attention.score_mixers, attention.probs_mixers)
     heads = _heads(captured)
     sites: dict[str, QuantizationSite] = {}
     for node in captured.graph.nodes:
         if is_op(node, ops.LINEAR, ops.CONV):
-            role = _input_role(node, cores, heads)
+            mixing = node in mixers
+            role = Role.HEAD_MIXING if mixing else _input_role(node, cores, heads)
             axis = 1 if is_op(node, ops.CONV) else -1
             _add(sites, node, 0, role, "input", axis)
             if _is_stored(node.args[1]):
-                _add(sites, node, 1, Role.WEIGHT, "weight", 0)
+                role = Role.HEAD_MIXING if mixing else Role.WEIGHT
+                _add(sites, node, 1, role, "weight", 0)
         elif is_op(node, ops.MATMUL):
             for index, port in enumerate(("left", "right")):
                 if not _is_stored(node.args[index]):
-                    found = products.get((node, index), Role.OTHER)
-                    name = port if found is Role.OTHER else str(found)
+                    found = products.get((node, index), Role.PRODUCT)
+                    name = port if found is Role.PRODUCT else str(found)
                     _add(sites, node, index, found, name, -1)
     return sites
 
@@ -148,11 +167,25 @@ def _input_role(reader: fx.Node, cores: set[fx.Node], heads: set[fx.Node]) -> Ro
         return Role.PATCH_INPUT
     if is_op(source, ops.LAYER_NORM):
         return Role.NORM_OUTPUT
-    if is_op(source, ops.ACTIVATION):
+    if _is_activated(source):
         return Role.ACT_OUTPUT
     if source in cores:
         return Role.PROJ_INPUT
     return Role.OTHER
+
+
+def _is_activated(source: fx.Node, depth: int = 4) -> bool:
+    """Return whether a value comes from an activation, gated or scaled by constants or not."""
+    if is_op(source, ops.ACTIVATION):
+        return True
+    if depth == 0 or not is_op(source, ops.MUL, ops.ADD, ops.POWER):
+        return False
+    operands = [a for a in source.args[:2] if isinstance(a, fx.Node) and a.op != "get_attr"]
+    if len(operands) == 1:  # StarReLU: s relu(x)^2 + b
+        return _is_activated(producer(operands[0]), depth - 1)
+    # GeGLU, SwiGLU: act(x) y. Quick GELU: x sigmoid(1.702 x).
+    gates = [producer(operand) for operand in operands]
+    return is_op(source, ops.MUL) and any(is_op(g, ops.ACTIVATION, ops.GATE) for g in gates)
 
 
 def _heads(captured: CapturedGraph) -> set[fx.Node]:

@@ -77,7 +77,7 @@ class Calibrate:
         return [
             Request(site.name, self._observer(site, quantizer))
             for site, quantizer in self._pending(graph)
-            if site.role is not Role.WEIGHT
+            if not site.stored
         ]
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
@@ -86,7 +86,7 @@ class Calibrate:
             self._walk(graph, pending, context)
         else:
             for site, quantizer in pending:
-                if site.role is Role.WEIGHT:
+                if site.stored:
                     values, counts = graph.parameter(str(site.value.target)), None
                 else:
                     values, counts = self._observed(site, quantizer, context.statistics)
@@ -172,7 +172,7 @@ class Calibrate:
                 )
             else:
                 values = _some_rows(values, self.config.sample_tokens, generator)
-        if site.role is not Role.WEIGHT and type(quantizer.spec.granularity) is not PerTensor:
+        if not site.stored and type(quantizer.spec.granularity) is not PerTensor:
             config = _without_zero(config)
         low, high = search_range(quantizer, values, config, counts=counts, reader=reader)
         quantizer.set_range(low, high)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitcompress.calibration import MinMax, QuantizationNoise, Request
 from vitcompress.errors import ConfigError
-from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
+from vitcompress.graph import CapturedGraph, QuantizationSite, enumerate_sites
 from vitcompress.numerics.metrics import kl_divergence
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
 from vitcompress.quantizers import Affine, PerTensor
@@ -167,7 +167,7 @@ def _candidates(graph: CapturedGraph) -> list[tuple[QuantizationSite, Affine]]:
     found: dict[str, tuple[QuantizationSite, Affine]] = {}
     for site in enumerate_sites(graph).values():
         quantizer = known.get(site.quantizer or "")
-        if site.role is Role.WEIGHT or not isinstance(quantizer, Affine):
+        if site.stored or not isinstance(quantizer, Affine):
             continue
         if type(quantizer.spec.granularity) is PerTensor and quantizer.defect() is None:
             found.setdefault(str(site.quantizer), (site, quantizer))

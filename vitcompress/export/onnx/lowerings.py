@@ -327,7 +327,10 @@ class Lowering:
 
     def _constant(self, value: Any, name: str | None = None) -> ir.Value:
         self._names += 1
-        tensor = ir.tensor(np.asarray(value), name=name or f"constant_{self._names}")
+        name = name or f"constant_{self._names}"
+        if name in self.model.graph.initializers:  # one tensor that serves several layers
+            name = f"{name}_{self._names}"
+        tensor = ir.tensor(np.asarray(value), name=name)
         initializer = ir.Value(
             name=tensor.name,
             shape=ir.Shape(tensor.shape),

@@ -18,7 +18,7 @@ from vitcompress.models import LoadedModel, load_model
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("VITCOMPRESS_ASSETS", ROOT.parent / "shared" / "assets"))
 RESULTS = Path(__file__).resolve().parent / "results"
-LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "numpy")
+LIBRARIES = ("torch", "timm", "torchvision", "transformers", "onnx", "onnxruntime", "numpy")
 
 
 def load_asset(name: str) -> LoadedModel:
@@ -89,12 +89,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def results_file(name: str) -> Path:
+    """Return the file that takes the results of today."""
+    return RESULTS / f"{name}-{datetime.now(UTC).date().isoformat()}.jsonl"
+
+
 @contextmanager
-def recording(name: str) -> Iterator[Any]:
-    """Yield a function that prints a result and adds it to ``results/<name>-<date>.jsonl``."""
-    RESULTS.mkdir(exist_ok=True)
+def recording(name: str, path: Path | None = None) -> Iterator[Any]:
+    """Yield a function that prints a result and adds it to a file of JSON lines.
+
+    Args:
+        name: The file is ``results/<name>-<date>.jsonl``.
+        path: Another file.
+    """
+    path = path or results_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment()
-    path = RESULTS / f"{name}-{shared['date']}.jsonl"
     with path.open("a", encoding="utf-8") as file:
 
         def record(**figures: Any) -> None:

@@ -21,6 +21,7 @@ from vitcompress.errors import InputError, UnsupportedModelError
 from vitcompress.graph.captured import CapturedGraph, Provenance
 from vitcompress.graph.metadata import translate_metadata
 from vitcompress.graph.normalize import DECOMPOSITIONS, normalize
+from vitcompress.graph.refusals import refuse_foreign_operators
 
 __all__ = ["capture"]
 
@@ -38,7 +39,8 @@ def capture(model: nn.Module, images: Tensor, *, model_id: str = "") -> Captured
 
     Raises:
         InputError: The weights hold values that are not finite.
-        UnsupportedModelError: The exporter cannot trace the model, or it takes several inputs.
+        UnsupportedModelError: The exporter cannot trace the model, it takes several inputs, or
+            it uses operators that could not be compressed.
     """
     name = model_id or type(model).__name__
     _check_weights(model, name)
@@ -55,6 +57,7 @@ def capture(model: nn.Module, images: Tensor, *, model_id: str = "") -> Captured
     symbol = str(placeholder.meta["val"].shape[0])
     for node in graph.nodes:
         translate_metadata(node, symbol)
+    refuse_foreign_operators(graph, name)
     output = graph.output_node()
     outputs = pytree.tree_leaves(output.args[0])
     keep = [index for index, value in enumerate(outputs) if isinstance(value, fx.Node)]

@@ -6,12 +6,18 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from calib import Preprocessing
-from vitcompress.errors import ConfigError
+from vitcompress.errors import ConfigError, UnsupportedModelError
 from vitcompress.models import factory, hf_models, timm_models, torchvision_models
 from vitcompress.models.naming import first_line, nearest
 from vitcompress.models.preprocessing import from_attributes
 
-__all__ = ["LIBRARIES", "create_architecture", "find_bare_name", "split_name"]
+__all__ = [
+    "LIBRARIES",
+    "create_architecture",
+    "find_bare_name",
+    "missing_extension",
+    "split_name",
+]
 
 FORMS = "timm/NAME, torchvision/NAME, hf/ID, hf/path/to/config.json or package.module:factory"
 
@@ -61,6 +67,7 @@ def create_architecture(
     Raises:
         ConfigError: The name is unknown, its library is missing, or the settings do not fit.
         InputError: The configuration behind a hub name cannot be had.
+        UnsupportedModelError: It needs a compiled extension that is not installed.
     """
     if factory.is_factory(arch):
         module = factory.build(arch)
@@ -72,6 +79,8 @@ def create_architecture(
         module, preprocessing = LIBRARIES[library].build(
             name, num_classes=num_classes, image_size=image_size, state=state
         )
+    except ImportError as error:
+        raise missing_extension(full_name, error) from error
     # What the libraries raise at sizes and numbers they cannot build.
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         settings = ((num_classes, "classes"), (image_size, "pixels"))
@@ -83,6 +92,15 @@ def create_architecture(
             f"{first_line(str(error))}"
         ) from error
     return module, preprocessing, full_name
+
+
+def missing_extension(name: str, error: ImportError) -> UnsupportedModelError:
+    """Return the error for a model that needs a compiled extension which is not there."""
+    return UnsupportedModelError(
+        f"{name}: cannot be built here: {first_line(str(error))} If it can be installed, the "
+        "float model runs; its operators could still not be exported. Choose a model written "
+        "in plain PyTorch operators"
+    )
 
 
 def split_name(arch: str) -> tuple[str, str]:

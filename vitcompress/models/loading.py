@@ -15,6 +15,7 @@ from vitcompress.models.architecture import (
     LIBRARIES,
     create_architecture,
     find_bare_name,
+    missing_extension,
     split_name,
 )
 from vitcompress.models.checkpoint import (
@@ -131,6 +132,8 @@ def _load_pretrained(
         module, preprocessing = LIBRARIES[library].load_pretrained(name, image_size=image_size)
     except VitcompressError:
         raise
+    except ImportError as error:
+        raise missing_extension(spec, error) from error
     # Each library, and each client below it, has its own types for a failed download.
     except Exception as error:
         raise InputError(

@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -79,10 +80,15 @@ def marked_model(captured: CapturedGraph, *, opset: int) -> ir.Model:
     for target, quantizer in graph.quantizers().items():
         assert isinstance(quantizer, Quantizer)
         graph.module.set_submodule(target, _QuantizerMarker(target, quantizer.frozen))
+    seen: Counter[str] = Counter()
     for index, node in enumerate(list(graph.graph.nodes)):
         if is_op(node, ops.LINEAR) and is_quantizer(node.args[1]):
             name = f"linear_markers.{index}"
-            graph.module.add_submodule(name, _LinearMarker(module_path(node).path))
+            path = module_path(node).path
+            # One module may call several linears; their names must differ.
+            label = f"{path}:{seen[path]}" if seen[path] else path
+            seen[path] += 1
+            graph.module.add_submodule(name, _LinearMarker(label))
             with graph.graph.inserting_before(node):
                 marker = graph.graph.call_module(name, node.args)
             node.replace_all_uses_with(marker)

@@ -1,8 +1,9 @@
 """One spelling for every structure: what the exporter leaves open is decided here.
 
 After normalisation there is no dropout, identity, cast or assertion, no batch norm behind a
-convolution or linear, no fused attention, no arithmetic on constants alone; ``matmul`` and
-``reshape`` have one spelling each. The function computed is unchanged up to rounding.
+convolution or linear, no training-time branch beside a convolution, no fused attention, no
+arithmetic on constants alone; ``matmul`` and ``reshape`` have one spelling each. The function
+computed is unchanged up to rounding.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 
 from vitcompress.errors import UnsupportedModelError
 from vitcompress.graph import ops
+from vitcompress.graph.branches import merge_branches
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import constant_node
 from vitcompress.graph.metadata import (
@@ -84,6 +86,7 @@ def normalize(captured: CapturedGraph) -> None:
     _one_spelling(captured.graph)
     _fold_constants(captured)
     _fold_batch_norms(captured)
+    merge_branches(captured)
     captured.recompile()
 
 

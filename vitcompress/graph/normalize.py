@@ -1,9 +1,9 @@
 """One spelling for every structure: what the exporter leaves open is decided here.
 
 After normalisation there is no dropout, identity, cast or assertion, no batch norm or
-LayerScale that the weights next to it can absorb, no fused attention, no arithmetic on
-constants alone; products and reshapes have one spelling each. The function computed is
-unchanged up to rounding.
+LayerScale that the weights next to it can absorb, no training-time branch beside a convolution,
+no fused attention, no arithmetic on constants alone; products and reshapes have one spelling
+each. The function computed is unchanged up to rounding.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from vitcompress.errors import UnsupportedModelError
 from vitcompress.graph import ops
+from vitcompress.graph.branches import merge_branches
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.constants import drop_empty_masks, fold_constants
 from vitcompress.graph.folding import (
@@ -88,6 +89,7 @@ def normalize(captured: CapturedGraph) -> None:
     drop_empty_masks(captured)
     spell_stored_products(captured)
     fold_batch_norms(captured)
+    merge_branches(captured)
     fold_channel_scales(captured)
     fold_leading_batch_norms(captured)
     captured.recompile()

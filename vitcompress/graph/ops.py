@@ -30,6 +30,8 @@ select = aten.select.int
 unsqueeze = aten.unsqueeze.default
 sym_size = aten.sym_size.int
 attention = aten.scaled_dot_product_attention.default
+#: By the number of spatial axes.
+convolution = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 LINEAR: Collection[Target] = {linear}
 CONV: Collection[Target] = {

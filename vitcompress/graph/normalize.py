@@ -1,7 +1,7 @@
 """One spelling for every structure: what the exporter leaves open is decided here.
 
 After normalisation there is no dropout, identity, cast or assertion, no batch norm or
-LayerScale that the weights next to it can absorb, no training-time branch beside a convolution,
+LayerScale that the weights next to it can absorb, no training-time branch of a convolution,
 no fused attention, no arithmetic on constants alone; products and reshapes have one spelling
 each. The function computed is unchanged up to rounding.
 """

@@ -4,8 +4,9 @@ Source: Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Trainin
 of Vision Transformers", ICCV 2023, arXiv:2212.08254; section numbers as there.
 Deviations of the default, strict mode, each because the published form is not a b-bit code
 that a runtime can execute: the common zero point is rounded and clamped to the codes; scale
-ratios are clipped, so that a constant channel cannot divide by zero. ``mode: paper`` keeps
-the published real-valued zero point, and gives constant channels the mean scale of the others.
+ratios are clipped, and a constant channel becomes a whole number of common steps.
+``mode: paper`` keeps the published real-valued zero point and gives constant channels the mean
+scale of the others.
 The logarithm of section 3.3 is a number format (``log_sqrt2``), attached by the recipe.
 """
 
@@ -93,11 +94,15 @@ def fold_parameters(
         every code the quantizer gives stays what it was.
     """
     lively = ~degenerate if bool((~degenerate).any()) else torch.ones_like(degenerate)
+    constant = (qmin - zero_point) * scale  # the value of a degenerate channel
     common = scale[lively].mean()
+    if bool(degenerate.all()):
+        common = (constant.abs().max() / (qmax - qmin)).clamp(min=float(common))
     if config.mode == "paper":
         ratio = torch.where(degenerate, 1.0, scale / common)
     else:
         ratio = (scale / common).clamp(1.0 / config.max_ratio, config.max_ratio)
+        ratio = torch.where(degenerate, whole_steps(constant.abs(), common), ratio)
     adjusted = ratio * common
     # The lower end (qmin - z) * s stays where it is when a scale was adjusted.
     points = qmin - torch.round((qmin - zero_point) * scale / adjusted)
@@ -105,6 +110,20 @@ def fold_parameters(
     if config.mode == "strict":
         middle = torch.round(middle).clamp(qmin, qmax)
     return Fold(common, middle, ratio, adjusted * (points - middle))
+
+
+def whole_steps(value: Tensor, common: Tensor) -> Tensor:
+    """Return the ratio nearest to 1 under which a constant is a whole number of steps.
+
+    Its own range is empty. A ratio from that would be as small as ``max_ratio`` admits, and
+    multiply the rounding errors of the norm until they change codes.
+
+    Args:
+        value: Magnitude of each constant, ``[C]``.
+        common: Common scale, scalar.
+    """
+    steps = torch.round(value / common).clamp(min=1.0)
+    return (value / (steps * common)).clamp(min=0.5)
 
 
 def fold_norm(weight: Tensor, bias: Tensor, fold: Fold) -> tuple[Tensor, Tensor]:
@@ -167,11 +186,9 @@ class RepqVit:
         )
 
     def _fold(self, quantizers: dict[str, Affine]) -> tuple[Fold, list[int]]:
-        # Readers behind different reshapes have quantizers of their own that saw the same
-        # channels. One affine map must serve them all: the first decides.
         first = next(iter(quantizers.values()))
-        scale, zero_point = first.scale.double(), first.zero_point.double()
         qmin, qmax = first.bounds
+        scale, zero_point = _united(list(quantizers.values()))
         magnitude = torch.maximum(
             ((qmin - zero_point) * scale).abs(), ((qmax - zero_point) * scale).abs()
         )
@@ -222,6 +239,25 @@ class RepqVit:
         if is_quantizer(node):
             quantizer = quantizers_of(graph)[str(node.target)]
             quantizer.set_range(*search_range(quantizer, weight, self.config))
+
+
+def _united(quantizers: Sequence[Affine]) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point, ``[C]`` float64, of a range that holds those of all.
+
+    Readers behind different moves have quantizers of their own; one that reads the class token
+    alone has seen less of each channel than the others. One affine map must serve them all.
+    """
+    scales, points = (
+        torch.stack([getattr(q, name).double() for q in quantizers])
+        for name in ("scale", "zero_point")
+    )
+    if len(quantizers) == 1:
+        return scales[0], points[0]
+    qmin, qmax = quantizers[0].bounds
+    low = ((qmin - points) * scales).amin(dim=0)
+    high = ((qmax - points) * scales).amax(dim=0)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale, qmin - torch.round(low / scale)
 
 
 def _per_tensor(spec: QuantSpec, *, strict: bool) -> QuantSpec:

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import calib
+from vitcompress.evaluate import logits_of
 from vitcompress.models import create_architecture
+from vitcompress.numerics.metrics import sqnr_db
 
 #: A parameter with less spread than this lets nothing through.
 LEAST_STD = 1e-3
 CLASSES = 1000
+#: Least gains of a weight that are tried, the liveliest first; 0 leaves gains as they are.
+GAINS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.0)
+#: What must be left of the logits when every weight is disturbed by a hundredth (40 dB).
+LEAST_CALM_DB = 26.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def build(case: Backbone, seed: int = 0) -> tuple[nn.Module, calib.Preprocessing
         module, preprocessing = _from_default_config(case.name)
     else:
         module, preprocessing, _ = create_architecture(case.key)
-    return randomise(module, seed), preprocessing
+    return liven(module, preprocessing, seed), preprocessing
 
 
 def _from_default_config(name: str) -> tuple[nn.Module, calib.Preprocessing]:
@@ -163,12 +169,53 @@ def _from_default_config(name: str) -> tuple[nn.Module, calib.Preprocessing]:
 # Weights
 
 
+def liven(model: nn.Module, preprocessing: calib.Preprocessing, seed: int = 0) -> nn.Module:
+    """Return ``model`` randomised with the largest gain under which it stays calm.
+
+    At a small gain the biases drown the image, and no error shows. At a large one a deep
+    network multiplies every disturbance until nothing else shows: no quantizer could pass,
+    and float32 itself gives the logits to three digits. Which gain lies between is a property
+    of the float network, measured before anything is quantized.
+    """
+    source = calib.open_source(
+        "synthetic", samples=2, batch_size=2, preprocessing=preprocessing
+    )
+    images = next(iter(source)).images
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    for gain in GAINS:
+        model.load_state_dict(original)
+        randomise(model, seed, gain)
+        if calm_db(model, images, logits_of(model)) >= LEAST_CALM_DB:
+            break
+    return model
+
+
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def calm_db(model: nn.Module, images: Tensor, logits: Callable[[Tensor], Tensor]) -> float:
+    """Return signal to noise of the logits when every weight is disturbed by a hundredth."""
+    known = logits(images)
+    generator = torch.Generator().manual_seed(2)
+    weights = list(_product_weights(model))
+    originals = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.add_(0.01 * weight.std() * torch.randn(weight.shape, generator=generator))
+    noise = logits(images) - known
+    for weight, kept in zip(weights, originals, strict=True):
+        weight.copy_(kept)
+    return sqnr_db(float(known.square().sum()), float(noise.square().sum()))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
     """Return ``model`` in evaluation mode, changed so that each of its parameters matters.
 
     By structure: norms with statistics, norms without, weights of small gain, biases, then
     what is constant (LayerScales, temperatures, gates) or next to zero (tables, tokens).
+
+    Args:
+        model: Changed in place.
+        seed: Of the values drawn.
+        gain: Weights of less gain are raised to it.
     """
     draw = _Draw(seed)
     for module in model.modules():
@@ -177,7 +224,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             _randomise_norm(module, draw)
             own = {name: p for name, p in own.items() if name not in ("weight", "bias")}
         for name, parameter in own.items():
-            _randomise_parameter(name, parameter, draw)
+            _randomise_parameter(name, parameter, draw, gain)
     return model.eval()
 
 
@@ -204,6 +251,9 @@ class _Draw:
     def normal(self, tensor: Tensor, std: float) -> None:
         tensor.copy_(std * torch.randn(tensor.shape, generator=self.generator))
 
+    def shift(self, tensor: Tensor, std: float) -> None:
+        tensor.add_(std * torch.randn(tensor.shape, generator=self.generator))
+
     def uniform(self, tensor: Tensor, low: float, high: float) -> None:
         tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=self.generator))
 
@@ -221,24 +271,26 @@ def _randomise_norm(module: nn.Module, draw: _Draw) -> None:
             spread(tensor)
 
 
-def _randomise_parameter(name: str, parameter: Tensor, draw: _Draw) -> None:
+def _randomise_parameter(name: str, parameter: Tensor, draw: _Draw, gain: float) -> None:
     vector = parameter.numel() == max(parameter.shape, default=1)
     low, high = float(parameter.min()), float(parameter.max())
     if parameter.dim() > 1 and name.endswith("weight"):
-        _raise_gain(parameter, draw)
+        _raise_gain(parameter, draw, gain)
     elif not vector:
         if float(parameter.std()) < LEAST_STD:
             draw.normal(parameter, 0.3)  # tables of positions, or of biases of attention
-    elif name.endswith("bias") or (low <= 0.0 and max(abs(low), abs(high)) < LEAST_STD):
-        draw.normal(parameter, 0.1)  # also tokens, and biases under another name
+    elif name.endswith("bias"):
+        draw.shift(parameter, 0.1)
+    elif low <= 0.0 and max(abs(low), abs(high)) < LEAST_STD:
+        draw.normal(parameter, 0.1)  # tokens, and biases under another name
     elif low == high and 0.0 < high <= 1.0:
         draw.uniform(parameter, 0.3, 1.0)  # LayerScale, temperatures, gates
     elif low == high:
         draw.uniform(parameter, 0.8 * high, 1.2 * high)  # logarithms of a scale
 
 
-def _raise_gain(weight: Tensor, draw: _Draw) -> None:
-    """Bring the rows of a weight to norm 1 in the mean if they are below.
+def _raise_gain(weight: Tensor, draw: _Draw, least: float) -> None:
+    """Bring the rows of a weight to norm ``least`` in the mean if they are below.
 
     At a usual initialisation (0.02 whatever the width) every layer loses most of what comes
     from the image, while the biases after it stay: the logits of a deep network then vary by
@@ -246,9 +298,9 @@ def _raise_gain(weight: Tensor, draw: _Draw) -> None:
     """
     gain = float(weight.square().mean().sqrt()) * weight[0].numel() ** 0.5
     if gain < LEAST_STD:
-        draw.normal(weight, weight[0].numel() ** -0.5)  # heads of zeros, or nearly so
-    elif gain < 1.0:
-        weight.div_(gain)
+        draw.normal(weight, max(least * weight[0].numel() ** -0.5, 0.02))  # heads of zeros
+    elif gain < least:
+        weight.mul_(least / gain)
 
 
 # Do errors show?

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
-#: Images whose codes are kept: they take as much memory as all activations together.
-STEP_IMAGES = 2
+#: Batches whose codes are kept: they take as much memory as all activations together.
+STEP_BATCHES = (1, 2)
 
 
 def main(model: str, images_file: str, results_file: str, names_file: str) -> None:
-    """Run all images, then the first alone, then a few with the named values kept as well."""
+    """Run all images, then a few, alone and together, with the named values kept as well."""
     images = np.load(images_file, allow_pickle=False)
     kept = json.loads(Path(names_file).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
@@ -36,11 +36,15 @@ def main(model: str, images_file: str, results_file: str, names_file: str) -> No
     output = "logits" if "logits" in names else names[0]
     feed = session.get_inputs()[0].name
     everything = session.run([output], {feed: images})[0]
-    first = session.run([output], {feed: images[:1]})[0]
-    stepped = _with_outputs(model, kept).run([output, *kept], {feed: images[:STEP_IMAGES]})
-    arrays = {f"step_{index}": value for index, value in enumerate(stepped)}
-    np.savez(results_file, all=everything, first=first, **arrays)
+    stepping = _with_outputs(model, kept)
+    arrays = {
+        f"batch_{batch}_{index}": value
+        for batch in STEP_BATCHES
+        for index, value in enumerate(stepping.run([output, *kept], {feed: images[:batch]}))
+    }
+    np.savez(results_file, all=everything, **arrays)
     facts = {
+        "batches": [min(batch, len(images)) for batch in STEP_BATCHES],
         "runtime": f"onnxruntime {onnxruntime.__version__} CPU",
         "nodes": listed,
         "ops": Counter(op for op, _ in listed),

@@ -88,7 +88,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
         return torch.randn(like.shape, generator=generator)
 
     for name, module in model.named_modules():
-        if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
             if module.weight is not None:
                 module.weight.copy_(torch.exp(0.5 * noise(module.weight)))
             if module.bias is not None:

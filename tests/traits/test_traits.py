@@ -40,7 +40,7 @@ def test_every_block_shows_in_the_logits(name, index):
     assert relative_error(found, expected) > 0.05
 
 
-@pytest.mark.parametrize("name", sorted(TOYS.keys() - {"class_attention"}))
+@pytest.mark.parametrize("name", sorted(TOYS))
 def test_eight_bits_keep_the_logits(name):
     (evaluation,) = toy_model(name).report.evaluations
 
@@ -57,7 +57,7 @@ def test_a_saved_model_answers_with_the_same_bits(name, tmp_path):
     assert torch.equal(loaded(x), toy_model(name)(x))
 
 
-@pytest.mark.parametrize("name", sorted(TOYS.keys() - {"library_attention"}))
+@pytest.mark.parametrize("name", sorted(TOYS))
 def test_the_exported_file_is_verified_and_every_linear_runs_as_integers(name, export):
     found = export(name).verification
 

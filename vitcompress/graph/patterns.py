@@ -88,9 +88,9 @@ def _score_product(value: object, depth: int = 16) -> tuple[fx.Node, _Path] | No
     if depth == 0 or not isinstance(value, fx.Node):
         return None
     if is_op(value, ops.MATMUL):
-        # A product with a stored table is a position bias.
-        tables = [source for source in value.all_input_nodes if source.op == "get_attr"]
-        return None if tables else (value, ())
+        # A product with a stored table is a position bias; with a stored query it is none.
+        table = node_argument(value, 1).op == "get_attr"
+        return None if table else (value, ())
     mixer = _mixes_heads(value)
     if not mixer and not is_op(value, ops.SCORE_PATH):
         return None

@@ -152,6 +152,11 @@ class Attach:
             value = site.value
             key = str(value.target) if value.op == "get_attr" else value
             shared.setdefault((key, rule.spec(site)), []).append(site)
+        if not shared:
+            raise ConfigError(
+                f"rules: none matches any of {len(sites)} sites; `vitcompress inspect` lists "
+                "them with their roles"
+            )
         for (_, spec), group in shared.items():
             readers = [(site.reader, site.index) for site in group]
             quantizer = make_quantizer(spec, group[0].name)

@@ -136,7 +136,9 @@ class Lowering:
         result = self._add(node, "Gemm", inputs, name=path, transB=1)
         if float_bias is not None:
             result = self._add(node, "Add", [result, float_bias])
-        if len(extents) > 2:
+        # onnxruntime fuses a Gemm with a Relu right behind it, and then runs it in float; a
+        # reshape, which does nothing, stands between.
+        if len(extents) > 2 or any(user.op_type == "Relu" for user in _readers(node)):
             out = [*extents[:-1], stored_rows(weight)]
             result = self._add(
                 node, "Reshape", [result, self._constant(np.array(out, np.int64))]
@@ -383,6 +385,10 @@ def stored_rows(weight: ir.Value) -> int:
     if not isinstance(rows, int):
         raise ExportError(f"{weight.name}: the weight has no static shape")
     return rows
+
+
+def _readers(node: ir.Node) -> list[ir.Node]:
+    return [use.node for use in node.outputs[0].uses()]
 
 
 def _axis(quantizer: Quantizer) -> dict[str, int]:

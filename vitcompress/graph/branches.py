@@ -4,10 +4,9 @@ Parallel convolutions, batch norms and shortcuts that read one value and are sum
 convolution written at length. Recognition looks at operations alone, so it does not matter
 which of the papers a block comes from. All of it is exact up to rounding.
 
-Source: Ding et al., "RepVGG", CVPR 2021, arXiv:2101.03697, Sec. 3.3; Vasu et al., "MobileOne",
-CVPR 2023, arXiv:2206.04040; Vasu et al., "FastViT", ICCV 2023, arXiv:2303.14189 (a layer scale
-on the difference of branches); Wang et al., "RepViT", CVPR 2024, arXiv:2307.09283 (a norm
-behind the sum).
+Source: Ding et al., CVPR 2021, arXiv:2101.03697, Sec. 3.3; Vasu et al., CVPR 2023,
+arXiv:2206.04040; Vasu et al., ICCV 2023, arXiv:2303.14189 (a layer scale on the difference of
+branches); Wang et al., CVPR 2024, arXiv:2307.09283 (a norm behind the sum).
 Deviation: branches whose common kernel has more taps than they have together stay apart. The
 sum of a 1x31 and a 31x1 convolution is a 31x31 one, and fifteen times the work.
 """

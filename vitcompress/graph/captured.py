@@ -22,7 +22,7 @@ class Provenance:
     """Where a graph came from.
 
     Attributes:
-        model: What the user called it, e.g. ``timm/vit_tiny_patch16_224`` or a class name.
+        model: What the user called it, e.g. ``timm/NAME`` or a class name.
         versions: Library name to version, as of the capture.
     """
 

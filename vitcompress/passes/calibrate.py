@@ -179,7 +179,7 @@ class Calibrate:
 
 
 def _rows_of_an_image(site: QuantizationSite) -> tuple[int, int]:
-    """Return the axis that grows with the batch, and by how much: windows share it in Swin."""
+    """Return the axis that grows with the batch, and by how much: windows may share it."""
     for axis, extent in enumerate(info(site.value).shape):
         match = re.fullmatch(r"(?:(\d+)\*)?B", str(extent))
         if match is not None:

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 status=0
 
-"$python" -m pytest -m slow || status=1
+# The matrix has a run of its own below, with its results kept.
+"$python" -m pytest -m slow --ignore=tests/benchmarks/test_matrix.py || status=1
 
 committed=$(git ls-files 'benchmarks/results/backbones-*.jsonl' | sort | tail -n 1)
 if [ -z "$committed" ]; then

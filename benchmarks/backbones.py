@@ -37,6 +37,7 @@ class Backbone:
         library: ``timm``, ``torchvision`` or ``transformers``.
         tier: 0 are tiny test models, 1 must pass every column, 2 is the rest.
         samples: Calibration images.
+        layers: Depth, where the default configuration is deep without being different.
         refused: What the message of its refusal must name; empty where it must work.
     """
 
@@ -44,6 +45,7 @@ class Backbone:
     library: str
     tier: int
     samples: int = 4
+    layers: int | None = None
     refused: str = ""
 
     @property
@@ -78,7 +80,7 @@ PLAIN = [
         "vit_xsmall_patch16_clip_224 convit_tiny tnt_s_patch16_224 flexivit_small"
         " vit_tiny_r_s16_p8_224 vit_base_patch16_siglip_224",
     ),
-    *_named("transformers", 2, "vit deit dinov2"),
+    *(Backbone(n, "transformers", 2, layers=4) for n in ("vit", "deit", "dinov2")),
 ]
 WINDOWED = [
     *_named(
@@ -144,20 +146,21 @@ def build(case: Backbone, seed: int = 0) -> tuple[nn.Module, calib.Preprocessing
     """Return the model with random weights in evaluation mode, and its preprocessing."""
     torch.manual_seed(seed)
     if case.library == "transformers":
-        module, preprocessing = _from_default_config(case.name)
+        module, preprocessing = _from_default_config(case)
     else:
         module, preprocessing, _ = create_architecture(case.key)
     return liven(module, preprocessing, seed), preprocessing
 
 
-def _from_default_config(name: str) -> tuple[nn.Module, calib.Preprocessing]:
+def _from_default_config(case: Backbone) -> tuple[nn.Module, calib.Preprocessing]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
     )
 
-    classifiers = CLASSIFIERS[name]
-    config = AutoConfig.for_model(name, num_labels=CLASSES)
+    classifiers = CLASSIFIERS[case.name]
+    depth = {} if case.layers is None else {"num_hidden_layers": case.layers}
+    config = AutoConfig.for_model(case.name, num_labels=CLASSES, **depth)
     # As every saved configuration does; some types have several classifiers.
     config.architectures = [classifiers if isinstance(classifiers, str) else classifiers[0]]
     with tempfile.TemporaryDirectory() as folder:

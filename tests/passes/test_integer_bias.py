@@ -57,6 +57,19 @@ def test_every_bias_between_quantizers_is_whole_steps(vit_graph, finished):
     )
 
 
+def test_the_bias_of_a_convolution_is_whole_steps(vit_graph, source):
+    rules = [*ATTACH["rules"], {"roles": ["patch_input"], "bits": 8}]
+    steps = [{**ATTACH, "rules": rules}, {"pass": "calibrate"}, {"pass": "integer_bias"}]
+
+    graph, _ = run_steps(steps, vit_graph, source)
+
+    scales = {q.site: q.scale.double() for q in quantizers_of(graph).values()}
+    whole = graph.parameter("patch_embed.bias").double() / (
+        scales["patch_embed:input"] * scales["patch_embed:weight"]
+    )
+    torch.testing.assert_close(whole, whole.round(), atol=1e-3, rtol=0)
+
+
 def test_linears_with_a_float_operand_are_reported(finished):
     _, records = finished
 

@@ -52,7 +52,7 @@ def rounded_bias(bias: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor | Non
 
 @register
 class IntegerBias:
-    """Round the biases of linears whose input and weight are quantized."""
+    """Round the biases of linears and convolutions whose input and weight are quantized."""
 
     name: ClassVar[str] = "integer_bias"
     config_type: ClassVar[type] = IntegerBiasConfig
@@ -69,14 +69,15 @@ class IntegerBias:
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
         changed, skipped = 0, {}
-        linears = [node for node in graph.graph.nodes if is_op(node, ops.LINEAR)]
-        for node in linears:
+        layers = [node for node in graph.graph.nodes if is_op(node, ops.LINEAR, ops.CONV)]
+        for node in layers:
             reason = self._round(graph, node)
             if reason is None:
                 changed += 1
             else:
-                skipped[module_path(node).path] = reason
-        return PassReport(changed=changed, found=len(linears), skipped=skipped)
+                path = module_path(node).path
+                skipped[f"{path} ({node.name})" if path in skipped else path] = reason
+        return PassReport(changed=changed, found=len(layers), skipped=skipped)
 
     def _round(self, graph: CapturedGraph, node: fx.Node) -> str | None:
         """Round one bias in the graph; return why not if it stays as it is."""

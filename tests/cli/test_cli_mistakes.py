@@ -411,3 +411,77 @@ def test_branch_on_values_is_an_unsupported_model(refused, monkeypatch, tmp_path
     assert message.startswith(f"error: branching_{command}:Branching: torch.export cannot")
     assert f"branching_{command}.py:10" in message
     assert "replace branches on tensor values" in message
+
+
+SPECTRAL = """
+import torch
+
+class Spectral(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(192, 4)
+
+    def forward(self, images):
+        waves = torch.fft.rfft2(images)
+        return self.fc(torch.fft.irfft2(0.5 * waves, s=(8, 8)).flatten(1))
+"""
+EXTENDED = """
+import torch
+
+@torch.library.custom_op("{name}::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5
+
+halved.register_fake(torch.empty_like)
+
+class Extended(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(192, 4)
+
+    def forward(self, images):
+        return self.fc(halved(images).flatten(1))
+"""
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_complex_numbers_are_an_unsupported_model(refused, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(api, "capture", capture)
+    name = f"spectral_{command}"
+    (tmp_path / f"{name}.py").write_text(SPECTRAL)
+
+    message = refused(4, command, f"{name}:Spectral", "--image-size", "8")
+
+    assert f"error: {name}:Spectral: cannot be compressed: the model: aten.fft" in message
+    assert f"{name}.py:10: it yields complex numbers" in message
+    assert "write the spectral filter as a convolution" in message
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_an_extension_is_an_unsupported_model(refused, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(api, "capture", capture)
+    name = f"extended_{command}"
+    (tmp_path / f"{name}.py").write_text(EXTENDED.format(name=name))
+
+    message = refused(4, command, f"{name}:Extended", "--image-size", "8")
+
+    assert f"error: {name}:Extended: cannot be compressed: the model: {name}.halved" in message
+    assert f"{name}.py:16: an operator of the extension '{name}'" in message
+    assert "switch the model to its implementation in plain PyTorch operators" in message
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_a_library_that_lacks_an_extension_is_an_unsupported_model(
+    refused, monkeypatch, command
+):
+    timm = pytest.importorskip("timm")
+
+    def create_model(*_, **__):
+        raise ImportError("Failed to import NATTEN's CPP backend.")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+    message = refused(4, command, "timm/test_vit")
+
+    assert "timm/test_vit: cannot be built here: Failed to import NATTEN's CPP" in message
+    assert "Choose a model written in plain PyTorch operators" in message

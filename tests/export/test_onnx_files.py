@@ -11,13 +11,15 @@ import torch
 from finished import quantized
 from onnx import TensorProto, numpy_helper
 from onnx_files import assert_codes_agree, load_file
-from tiny import images, make_source
+from tiny import enliven, images, make_source
+from torch import nn
 from zoo import zoo_graph, zoo_images
 
 import vitcompress
 from vitcompress.evaluate import onnx_predictor
 from vitcompress.export.onnx import exporter
 from vitcompress.export.onnx.exporter import METADATA_KEY
+from vitcompress.graph import capture
 from vitcompress.numerics.nonuniform import parity_table
 from vitcompress.quantizers import Affine, Codebook
 from vitcompress.recipe import Recipe
@@ -291,6 +293,73 @@ def test_named_outputs_keep_their_names(overflowing):
     assert [value.name for value in model.graph.output] == ["logits"]
     assert [value.name for value in model.graph.input] == ["images"]
     assert onnx_predictor(path)(images(1)).shape == (1, 10)
+
+
+class Mixing(nn.Module):
+    """Two products with bare matrices: one module path for two linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(16, 24) / 4)
+        self.second = nn.Parameter(torch.randn(24, 16) / 4)
+
+    def forward(self, x):
+        return x @ self.first @ self.second
+
+
+class Shared(nn.Module):
+    """Pairs of linears with one bias tensor, and a module that is two linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.mix = Mixing()
+        self.biased = nn.Sequential(*(nn.Linear(16, 16) for _ in range(2)))
+        self.zeros = nn.Sequential(*(nn.Linear(16, 16) for _ in range(2)))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.mix(self.patch(x).flatten(2).transpose(1, 2))
+        return self.head(self.zeros(self.biased(x).relu()).mean(1))
+
+
+@pytest.fixture(scope="module")
+def shared(source, tmp_path_factory):
+    """Return the verification and the graph of a file of shared paths and tensors."""
+    torch.manual_seed(0)
+    model = enliven(Shared())
+    for pair in (model.biased, model.zeros):
+        pair[1].bias = pair[0].bias
+    torch.nn.init.zeros_(model.zeros[0].bias)
+    path = tmp_path_factory.mktemp("shared") / "m.onnx"
+    compressed = quantized(capture(model, images(2)), source, bits=8)
+    result = compressed.export_onnx(path, images=images(8, seed=3))
+    return result.verification, load_file(path)[1]
+
+
+def test_two_linears_of_one_module_are_counted_both(shared):
+    found, graph = shared
+
+    assert (found.integer_linears, found.linears) == (7, 7)
+    assert found.cosine > 0.999
+    first, second = graph.named("mix"), graph.named("mix:1")
+    assert first.op_type == second.op_type == "Gemm"
+    assert first.output != second.output
+
+
+def test_a_bias_that_two_linears_share_is_written_for_each(shared):
+    _, graph = shared
+
+    # No steps fit both linears: the bias is added in float.
+    for name in ("biased.0", "biased.1"):
+        assert len(graph.named(name).input) == 2
+    # Zero is a whole number of any steps.
+    codes = [
+        graph.made_by[graph.named(name).input[2]].input[0] for name in ("zeros.0", "zeros.1")
+    ]
+    assert len(set(codes)) == 2
+    for name in codes:
+        assert graph.initializers[name].data_type == TensorProto.INT32
 
 
 MIXED = {

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from vitcompress.errors import ConfigError
+from vitcompress.errors import ConfigError, UnsupportedModelError
 from vitcompress.models import create_architecture, load_model
 
 
@@ -121,3 +121,29 @@ def test_bare_names_need_only_one_of_the_libraries(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match="vitcompress"):
         create_architecture("squeezenet1_1")
+
+
+NATTEN = (
+    "Failed to import NATTEN's CPP backend. This could be due to an incomplete install.\n"
+    "Please uninstall NATTEN and re-install with the correct torch build."
+)
+
+
+@pytest.mark.parametrize("load", [create_architecture, load_model])
+def test_extension_that_is_not_installed_makes_the_model_unsupported(monkeypatch, load):
+    timm = pytest.importorskip("timm")
+
+    def create_model(*_, **__):
+        raise ImportError(NATTEN)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+    with pytest.raises(UnsupportedModelError) as caught:
+        load("timm/test_vit")
+
+    assert caught.value.exit_code == 4
+    assert isinstance(caught.value.__cause__, ImportError)
+    message = str(caught.value)
+    assert message.startswith(f"timm/test_vit: cannot be built here: {NATTEN.splitlines()[0]}")
+    assert "\n" not in message
+    assert "its operators could still not be exported" in message

@@ -111,6 +111,16 @@ def test_a_glob_that_matches_nothing_is_an_error(graph):
         attach(graph, {"roles": [Role.WEIGHT]}, {"sites": ["blok*"]})
 
 
+@pytest.mark.parametrize("role", [Role.OTHER, Role.HEAD_MIXING])
+def test_rules_that_match_no_site_at_all_are_an_error(graph, role):
+    count = len(enumerate_sites(graph))
+
+    with pytest.raises(ConfigError, match=rf"rules: none matches any of {count} sites;"):
+        attach(graph, {"roles": [role]})
+
+    assert graph.quantizers() == {}
+
+
 def test_a_role_that_the_model_lacks_is_no_error(graph):
     report = attach(graph, {"roles": [Role.WEIGHT, Role.OTHER]})
 

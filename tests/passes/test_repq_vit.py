@@ -20,8 +20,16 @@ from vitcompress.calibration import RangeConfig, search_range
 from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError
 from vitcompress.graph import capture, enumerate_sites
+from vitcompress.numerics.metrics import sqnr_db
 from vitcompress.passes import RepqVit
-from vitcompress.passes.repq_vit import RepqVitConfig, fold_linear, fold_norm, fold_parameters
+from vitcompress.passes.repq_vit import (
+    RepqVitConfig,
+    _united,
+    fold_linear,
+    fold_norm,
+    fold_parameters,
+    whole_steps,
+)
 from vitcompress.quantizers import Affine, PerChannel, PerTensor, QuantSpec, make_quantizer
 
 STRICT, PAPER = RepqVitConfig(mode="strict"), RepqVitConfig(mode="paper")
@@ -503,6 +511,41 @@ def test_a_degenerate_channel_does_not_enter_the_means(config):
         assert torch.isfinite(value).all()
 
 
+def test_whole_steps_by_hand():
+    value = torch.tensor([0.0, 0.05, 0.1, 0.12, 0.2, 0.29, 0.33, 1.0], dtype=torch.float64)
+
+    found = whole_steps(value, torch.tensor(0.2, dtype=torch.float64))
+
+    # 1, 1, 1, 1, 1, 1, 2 and 5 steps; never less than half of the common one.
+    expected = [0.5, 0.5, 0.5, 0.6, 1.0, 1.45, 0.825, 1.0]
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_a_norm_that_says_the_same_of_every_image_stays_exact(seed, source):
+    model = enliven(NormThenLinears(), seed)
+    model.norm.weight.zero_()
+    generator = torch.Generator().manual_seed(seed)
+    sign = torch.randint(2, (16,), generator=generator) * 2 - 1
+    # Not below half a step of the largest.
+    model.norm.bias.copy_(sign * (0.1 + torch.rand(16, generator=generator)))
+    reference = capture(model, images(2))
+    rules = [{"roles": ["norm_output"], "bits": 4, "granularity": "per_channel"}]
+    graph = calibrated(reference, source, attach={"pass": "attach", "rules": rules})
+    x = images(4)
+
+    report = run_pass(RepqVit(STRICT), graph, source)
+
+    assert report.warnings == (
+        f"norm: channels {list(range(16))} are constant; kept out of the means",
+    )
+    ratio = graph.parameter("first.weight") / reference.parameter("first.weight")
+    assert ratio.min() >= 0.5
+    assert ratio.max() <= 2.0
+    assert relative_error(graph(x), reference(x)) <= 1e-5
+
+
 def test_all_channels_constant_still_gives_a_finite_fold():
     ones = torch.ones(4, dtype=torch.float64)
 
@@ -549,6 +592,95 @@ def test_missing_tensors_are_created_and_padding_pads_with_the_image_of_zero(
     assert relative_error(float_outputs(graph, x), reference(x)) <= 1e-4
     assert {"norm.weight", "norm.bias", "first.bias"} <= set(graph.tensors())
     assert graph.parameter("first.bias").abs().max() > 0.01
+
+
+class ClassQuery(nn.Module):
+    """The class token alone asks; keys and values come from all tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.norm = nn.LayerNorm(16)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        token = self.cls_token.expand(x.shape[0], -1, -1) + 0.3 * x[:, :1]
+        y = self.norm(torch.cat([token, x], dim=1))
+        q, k, v = self.q_proj(y[:, :1]), self.k_proj(y), self.v_proj(y)
+        return self.head((torch.softmax(q @ k.mT / 4, dim=-1) @ v)[:, 0])
+
+
+@pytest.fixture(scope="module")
+def class_query():
+    torch.manual_seed(0)
+    return capture(enliven(ClassQuery()), images(2))
+
+
+@pytest.mark.parametrize("method", ["percentile", "minmax"])
+def test_one_fold_covers_what_the_query_and_the_others_read(class_query, source, method):
+    graph = calibrated(class_query, source, method=method)
+    own = {part: quantizer_at(graph, f"{part}_proj:input") for part in ("q", "k")}
+    values, x = {}, torch.cat([batch.images for batch in source])
+    for part in own:
+        site = enumerate_sites(graph)[f"{part}_proj:input"]
+        tap = {site.value: lambda value, part=part: values.update({part: value})}
+        run(graph, x, taps=tap, bypass=True)
+
+    run_pass(RepqVit(STRICT), graph, source)
+
+    # In the terms of before: the fold is a map on channels, found in the columns of k.
+    ratio = graph.parameter("k_proj.weight") / class_query.parameter("k_proj.weight")
+    ratio = ratio.double().median(dim=0).values
+    moved = {}
+    for part in own:
+        site = enumerate_sites(graph)[f"{part}_proj:input"]
+        tap = {site.value: lambda value, part=part: moved.update({part: value})}
+        run(graph, x, taps=tap, bypass=True)
+        new = quantizer_at(graph, f"{part}_proj:input")
+        assert type(new.spec.granularity) is PerTensor
+        code = torch.round(moved[part] / new.scale) + new.zero_point
+        saturated = (code < 0) | (code > QMAX)
+        low, high = (
+            ((end - own[part].zero_point) * own[part].scale).double() for end in (0, QMAX)
+        )
+        slack = 1e-3 * new.scale * ratio  # float32
+        inside = (values[part] > low + slack) & (values[part] < high - slack)
+        assert inside.float().mean() > 0.7  # minimum and maximum of 8 images are not
+        assert not (saturated & inside).any()
+    q, k = (quantizer_at(graph, f"{part}_proj:input") for part in ("q", "k"))
+    assert (q.scale, q.zero_point) == (k.scale, k.zero_point)
+    assert relative_error(float_outputs(graph, x), class_query(x)) <= 1e-4
+
+
+def test_a_common_fold_beats_a_common_range_per_tensor(class_query, source):
+    rules = [*ATTACH["rules"], {"roles": ["norm_output"], "bits": "a"}]
+    plain = calibrated(class_query, source, "W8A4", attach={"pass": "attach", "rules": rules})
+    method, _ = folded(class_query, source, scheme="W8A4")
+    x = images(64, seed=3)
+    expected = class_query(x)
+
+    power = expected.square().mean().item()
+    plain_db, method_db = (
+        sqnr_db(power, (graph(x) - expected).square().mean().item())
+        for graph in (plain, method)
+    )
+    assert method_db > plain_db + 1.0
+
+
+def test_the_union_of_ranges_by_hand():
+    spec = QuantSpec(bits=4, granularity=PerChannel(-1))
+    first, second = make_quantizer(spec), make_quantizer(spec)
+    first.load(scale=torch.tensor([0.1, 1.0]), zero_point=torch.tensor([0.0, 5.0]))
+    second.load(scale=torch.tensor([0.2, 0.5]), zero_point=torch.tensor([15.0, 5.0]))
+
+    scale, zero_point = _united([first, second])
+
+    # [0, 1.5] with [-3, 0], and [-5, 10] with [-2.5, 5].
+    assert scale.tolist() == pytest.approx([0.3, 1.0])
+    assert zero_point.tolist() == [10.0, 5.0]
 
 
 def test_codes_of_padded_zeros_are_those_of_before(source):

@@ -371,5 +371,5 @@ def test_a_learned_query_repeated_for_every_image_is_projected_once():
     torch.testing.assert_close(stored, expected)
     assert not [name for name in toy_sites("learned_query") if "q_proj" in name]
     assert "expand" not in operations("learned_query")
-    for part in (Role.PROBS, Role.VALUE):
+    for part in (Role.KEY, Role.PROBS, Role.VALUE):
         assert part in shapes("learned_query", "blocks.1")

@@ -8,7 +8,7 @@ from vitcompress.graph import ops
 from vitcompress.graph.metadata import info, int_argument, list_argument
 from vitcompress.graph.ops import is_op
 
-__all__ = ["moved_axis"]
+__all__ = ["moved_axis", "pads_with_zero"]
 
 
 def moved_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
@@ -26,6 +26,10 @@ def moved_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
     if "info" not in node.meta or "info" not in source.meta:
         return None
     rank = len(info(source).shape)
+    if is_op(node, ops.EXPAND):
+        # A repeated extent of 1 would look like the axis in front of it, merged.
+        moved = axis + len(info(node).shape) - rank
+        return moved if info(node).shape[moved] == info(source).shape[axis] else None
     if is_op(node, ops.RESHAPE):
         return _reshaped(info(node).shape, info(source).shape, axis)
     if is_op(node, ops.PERMUTE):
@@ -34,8 +38,8 @@ def moved_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
         first, second = (int_argument(node, index) % rank for index in (1, 2))
         return {first: second, second: first}.get(axis, axis)
     if is_op(node, ops.ROLL):
-        rolled = [a % rank for a in list_argument(node, 2)] if len(node.args) > 2 else None
-        return None if rolled is None or axis in rolled else axis
+        rolled = [a % rank for a in list_argument(node, 2)] if len(node.args) > 2 else []
+        return None if not rolled or axis in rolled else axis
     if is_op(node, ops.PAD):
         widths = list_argument(node, 1)
         position = 2 * (rank - 1 - axis)
@@ -46,6 +50,15 @@ def moved_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
             return None
         return axis - 1 if is_op(node, ops.SELECT) and picked < axis else axis
     return None
+
+
+def pads_with_zero(pad: fx.Node) -> bool:
+    """Return whether a padding fills with zeros: a factor passes those and nothing else."""
+    mode: object = pad.args[2] if len(pad.args) > 2 else "constant"
+    filler: object = pad.args[3] if len(pad.args) > 3 else 0.0
+    if isinstance(mode, (int, float)):  # constant_pad_nd(x, pad, value)
+        mode, filler = "constant", mode
+    return mode == "constant" and not filler
 
 
 def _reshaped(

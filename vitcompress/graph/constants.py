@@ -6,6 +6,8 @@ extent, such as a learned query repeated for every image: one row of it is store
 """
 
 import re
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +16,25 @@ from torch import Tensor, fx
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import constant_node
-from vitcompress.graph.metadata import ModulePath, TensorInfo, info, int_argument
+from vitcompress.graph.metadata import (
+    ModulePath,
+    TensorInfo,
+    info,
+    int_argument,
+    node_argument,
+)
 from vitcompress.graph.ops import is_op
 
 __all__ = ["drop_empty_masks", "fold_constants"]
 
-#: Batch at which values that depend on its extent are computed, to compare their rows.
-_PROBE = 2
+#: Batches at which values that depend on their extent are computed, to compare the rows.
+_PROBES = (2, 3)
 
 
 def fold_constants(captured: CapturedGraph) -> None:
     """Replace values without an image among their ancestors by stored tensors, in place."""
     constants: dict[fx.Node, Any] = {}
-    repeated: dict[fx.Node, Any] = {}
+    repeated: tuple[dict[fx.Node, Any], ...] = tuple({} for _ in _PROBES)
     for node in captured.graph.nodes:
         if node.op == "get_attr":
             constants[node] = captured.parameter(str(node.target))
@@ -35,23 +43,26 @@ def fold_constants(captured: CapturedGraph) -> None:
             continue
         sources = node.all_input_nodes
         if is_op(node, ops.SYM_SIZE):
-            extent = _extent(node)
-            if extent is not None:
-                repeated[node] = extent
+            factor = _batch_factor(node)
+            for batch, values in zip(_PROBES, repeated, strict=True):
+                if factor is not None:
+                    values[node] = factor * batch
         elif is_op(node, ops.FILL) and all(isinstance(e, int) for e in info(node).shape):
             constants[node] = _filled(node)
         elif all(source in constants for source in sources):
             constants[node] = _computed(node, constants)
-        elif all(source in constants or source in repeated for source in sources):
-            repeated[node] = _computed(node, {**constants, **repeated})
+        elif all(source in constants or source in repeated[0] for source in sources):
+            for values in repeated:
+                values[node] = _computed(node, ChainMap(values, constants))
     for node, value in constants.items():
         used = any(user not in constants for user in node.users)
         if node.op == "call_function" and used and isinstance(value, Tensor):
             stored = constant_node(captured, node, "constant", value.contiguous())
             node.replace_all_uses_with(stored, delete_user_cb=lambda u: u not in constants)
-    for node, value in list(repeated.items()):
+    for node, value in repeated[0].items():
         if isinstance(value, Tensor):
-            _store_one_row(captured, node, value, [u for u in node.users if u not in repeated])
+            readers = [user for user in node.users if user not in repeated[0]]
+            _store_one_row(captured, node, [values[node] for values in repeated], readers)
 
 
 def drop_empty_masks(captured: CapturedGraph) -> None:
@@ -61,10 +72,12 @@ def drop_empty_masks(captured: CapturedGraph) -> None:
             continue
         mask = node.args[1]
         if _is_stored(mask) and not captured.parameter(str(mask.target)).any():
+            if info(node) != info(node_argument(node, 0)):
+                continue  # the mask widens the result
             node.replace_all_uses_with(node.args[0])
 
 
-def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def _computed(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     with torch.no_grad():
         return node.target(*arguments, **keywords)  # type: ignore[operator]
@@ -82,22 +95,26 @@ def _filled(node: fx.Node) -> Tensor:
 # Repeated for every image
 
 
-def _extent(node: fx.Node) -> int | None:
-    """Return the extent that a node asks for, at the probing batch."""
+def _batch_factor(node: fx.Node) -> int | None:
+    """Return k where a node asks for an extent ``k*B``; ``None`` for any other."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or "info" not in source.meta:
         return None
     match = re.fullmatch(r"(?:(\d+)\*)?B", str(info(source).shape[int_argument(node, 1)]))
-    return int(match[1] or 1) * _PROBE if match else None
+    return int(match[1] or 1) if match else None
 
 
 def _store_one_row(
-    captured: CapturedGraph, node: fx.Node, value: Tensor, readers: list[fx.Node]
+    captured: CapturedGraph, node: fx.Node, values: Sequence[Tensor], readers: list[fx.Node]
 ) -> None:
-    """Let the readers of a value that is the same for every image read one stored row."""
+    """Let the readers of a value that is the same for every image read one stored row.
+
+    Rows that are alike may still depend on how many there are: both probes must agree.
+    """
+    value = values[0]
     if not readers or not value.dim() or info(node).shape[0] != "B":
         return
-    if not all(torch.equal(value[0], row) for row in value.unbind(0)):
+    if not all(torch.equal(value[0], row) for probe in values for row in probe.unbind(0)):
         return
     broadcasting = [user for user in readers if _broadcasts(user, node)]
     others = [user for user in readers if user not in broadcasting]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from vitcompress.graph import ops
-from vitcompress.graph.axes import moved_axis
+from vitcompress.graph.axes import moved_axis, pads_with_zero
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import constant_node
 from vitcompress.graph.metadata import (
@@ -76,6 +76,8 @@ def _foldable_producer(norm: fx.Node) -> fx.Node | None:
     """Return the convolution or linear whose only reader is the norm, through reshapes."""
     value = norm.args[0]
     while isinstance(value, fx.Node) and len(value.users) == 1:
+        if is_op(value, ops.CONV, ops.LINEAR) and _weight(value) is None:
+            return None
         if is_op(value, ops.CONV):
             # A reshape in between may only have dropped extents of 1: [B, C, 1, 1] to [B, C].
             flat = value is norm.args[0] or set(info(value).shape[2:]) == {1}
@@ -123,7 +125,7 @@ def _scale_behind(captured: CapturedGraph, layer: fx.Node) -> fx.Node | None:
             along = position >= 0 and vector.shape[position] == channels
             return user if along and info(user) == info(value) else None
         moved = moved_axis(user, value, axis)
-        if moved is None:
+        if moved is None or (is_op(user, ops.PAD) and not pads_with_zero(user)):
             return None
         value, axis = user, moved
     return None
@@ -229,11 +231,16 @@ def _fold_into_columns(
 
 
 def _weight(layer: fx.Node) -> fx.Node | None:
-    """Return the node of a layer's stored weight; for a norm without one, its input."""
+    """Return the node of a layer's stored weight; for a norm without one, its input.
+
+    ``None`` if the weight or the bias is computed.
+    """
     place = 2 if is_op(layer, ops.LAYER_NORM) else 1
     if place == 2 and len(list_argument(layer, 1)) != 1:
         return None
-    weight = layer.args[place] if len(layer.args) > place else None
+    weight, bias = [*layer.args[place : place + 2], None, None][:2]
+    if isinstance(bias, fx.Node) and bias.op != "get_attr":
+        return None
     if weight is None:
         return node_argument(layer, 0)
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None

@@ -94,7 +94,7 @@ RESHAPE: Collection[Target] = {
     aten.expand_as.default,
     aten.view_as.default,
 }
-EXPAND: Collection[Target] = {expand}
+EXPAND: Collection[Target] = {expand, aten.expand_as.default}
 #: Rank-preserving picks along one axis: ``(x, dim, ...)``.
 PICK: Collection[Target] = {aten.slice.Tensor, aten.narrow.default}
 SELECT: Collection[Target] = {select}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from vitcompress.graph import ops
-from vitcompress.graph.axes import moved_axis
+from vitcompress.graph.axes import moved_axis, pads_with_zero
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import (
@@ -44,7 +44,7 @@ def producer(value: fx.Node) -> fx.Node:
 
 
 def _passes_through(node: fx.Node) -> bool:
-    padded = is_op(node, ops.PAD) and _pads_with_zero(node)
+    padded = is_op(node, ops.PAD) and pads_with_zero(node)
     return padded or is_op(node, ops.REARRANGE) or is_quantizer(node)
 
 
@@ -219,7 +219,7 @@ def _follow(
             found.append(Consumer(user, quantizer, pads))
         elif is_quantizer(user):
             reason = _follow(user, user, pads, found)
-        elif is_op(user, ops.PAD) and not _pads_with_zero(user):
+        elif is_op(user, ops.PAD) and not pads_with_zero(user):
             reason = f"read by {user.name}"
         elif _keeps_channels(user, value):
             padding = (user,) if is_op(user, ops.PAD) else ()
@@ -243,14 +243,6 @@ def _reason_against_linear(linear: fx.Node, value: fx.Node) -> str | None:
     if len(stored.users) > 1 or len(weight.users) > 1:
         return f"the weight of {linear.name} is shared"
     return None
-
-
-def _pads_with_zero(pad: fx.Node) -> bool:
-    mode: object = pad.args[2] if len(pad.args) > 2 else "constant"
-    filler: object = pad.args[3] if len(pad.args) > 3 else 0.0
-    if isinstance(mode, (int, float)):  # constant_pad_nd(x, pad, value)
-        mode, filler = "constant", mode
-    return mode == "constant" and not filler
 
 
 def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:

@@ -120,6 +120,8 @@ def _spell_einsum(graph: fx.Graph, node: fx.Node) -> None:
     first, second = operands
     extents = dict(zip(left, info(first).shape, strict=True))
     for letter, extent in zip(right, info(second).shape, strict=True):
+        if letter == parts.summed and extent != extents[letter]:
+            return  # one is 1 and repeated, which a matmul does not do
         if extents.get(letter, 1) == 1:
             extents[letter] = extent
     writer = _Writer(graph, node, extents)

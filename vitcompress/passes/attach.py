@@ -154,8 +154,8 @@ class Attach:
             shared.setdefault((key, rule.spec(site)), []).append(site)
         if not shared:
             raise ConfigError(
-                f"rules: none matches any of {len(sites)} sites; `vitcompress inspect` lists "
-                "them with their roles"
+                f"rules: each of {len(sites)} sites stays float, skipped or matched by none; "
+                "`vitcompress inspect` lists them with their roles"
             )
         for (_, spec), group in shared.items():
             readers = [(site.reader, site.index) for site in group]

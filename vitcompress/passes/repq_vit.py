@@ -4,9 +4,8 @@ Source: Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Trainin
 of Vision Transformers", ICCV 2023, arXiv:2212.08254; section numbers as there.
 Deviations of the default, strict mode, each because the published form is not a b-bit code
 that a runtime can execute: the common zero point is rounded and clamped to the codes; scale
-ratios are clipped, and a constant channel becomes a whole number of common steps.
-``mode: paper`` keeps the published real-valued zero point and gives constant channels the mean
-scale of the others.
+ratios are clipped; a constant channel is moved onto a code exactly. ``mode: paper`` keeps the
+published real-valued zero point. In both, constant channels take the mean scale of the others.
 The logarithm of section 3.3 is a number format (``log_sqrt2``), attached by the recipe.
 """
 
@@ -90,40 +89,30 @@ def fold_parameters(
         config: ``mode`` and ``max_ratio`` are read.
 
     Returns:
-        The fold, float64. In strict mode the zero point is a code and r2 is whole, so that
-        every code the quantizer gives stays what it was.
+        The fold, float64. In strict mode the zero point is a code and r2 is whole but for
+        constant channels, so that every code the quantizer gives stays what it was.
     """
     lively = ~degenerate if bool((~degenerate).any()) else torch.ones_like(degenerate)
     constant = (qmin - zero_point) * scale  # the value of a degenerate channel
     common = scale[lively].mean()
     if bool(degenerate.all()):
         common = (constant.abs().max() / (qmax - qmin)).clamp(min=float(common))
-    if config.mode == "paper":
-        ratio = torch.where(degenerate, 1.0, scale / common)
-    else:
-        ratio = (scale / common).clamp(1.0 / config.max_ratio, config.max_ratio)
-        ratio = torch.where(degenerate, whole_steps(constant.abs(), common), ratio)
+    ratio = scale / common
+    if config.mode == "strict":
+        ratio = ratio.clamp(1.0 / config.max_ratio, config.max_ratio)
+    # The range of a constant channel is empty. A ratio from that would be extreme, and
+    # multiply the rounding errors of the norm until they change codes.
+    ratio = torch.where(degenerate, 1.0, ratio)
     adjusted = ratio * common
     # The lower end (qmin - z) * s stays where it is when a scale was adjusted.
-    points = qmin - torch.round((qmin - zero_point) * scale / adjusted)
+    offsets = (qmin - zero_point) * scale / adjusted
+    points = qmin - torch.round(offsets)
     middle = points[lively].mean()
     if config.mode == "strict":
+        # A constant is moved onto a code exactly; nothing else has to stay where it was.
+        points = torch.where(degenerate, qmin - offsets, points)
         middle = torch.round(middle).clamp(qmin, qmax)
     return Fold(common, middle, ratio, adjusted * (points - middle))
-
-
-def whole_steps(value: Tensor, common: Tensor) -> Tensor:
-    """Return the ratio nearest to 1 under which a constant is a whole number of steps.
-
-    Its own range is empty. A ratio from that would be as small as ``max_ratio`` admits, and
-    multiply the rounding errors of the norm until they change codes.
-
-    Args:
-        value: Magnitude of each constant, ``[C]``.
-        common: Common scale, scalar.
-    """
-    steps = torch.round(value / common).clamp(min=1.0)
-    return (value / (steps * common)).clamp(min=0.5)
 
 
 def fold_norm(weight: Tensor, bias: Tensor, fold: Fold) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ PUBLIC = {
         "Recipe",
         "UnsupportedModelError",
         "VitcompressError",
+        "benchmark",
         "capture",
         "evaluate",
         "export_onnx",
@@ -113,8 +114,8 @@ PUBLIC = {
 
 def modules(package):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        # The entry point of ``python -m``, and a program of its own.
-        if found.name.rpartition(".")[2] not in ("__main__", "session"):
+        # The entry point of ``python -m``, and programs of their own.
+        if found.name.rpartition(".")[2] not in ("__main__", "session", "timing"):
             yield importlib.import_module(found.name)
 
 
@@ -171,5 +172,8 @@ def test_arguments_of_the_entry_points_keep_their_names():
     assert names(vitcompress.load) == ["path"]
     assert names(vitcompress.export_onnx) == ["model", "path", "target"]
     assert names(vitcompress.evaluate) == ["model", "source", "reference", "execution", "data"]
+    assert names(vitcompress.benchmark) == [
+        *("paths", "runtime", "threads", "batches", "rounds", "references", "seed"),
+    ]
     assert names(vitcompress.CompressedModel.save) == ["self", "path", "overwrite"]
     assert names(calib.open_source)[:2] == ["spec", "samples"]

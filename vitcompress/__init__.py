@@ -8,6 +8,7 @@ q.export_onnx("model.onnx")
 """
 
 from vitcompress.api import CompressedModel, export_onnx, load, quantize
+from vitcompress.benchmark import benchmark
 from vitcompress.errors import (
     ArtifactError,
     ConfigError,
@@ -32,6 +33,7 @@ __all__ = [
     "Recipe",
     "UnsupportedModelError",
     "VitcompressError",
+    "benchmark",
     "capture",
     "evaluate",
     "export_onnx",

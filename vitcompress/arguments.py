@@ -24,6 +24,7 @@ __all__ = [
     "overridden",
     "predictor_of",
     "say",
+    "whole_numbers",
     "with_preprocessing",
 ]
 
@@ -41,6 +42,20 @@ def chosen_scheme(
     if scheme is not None or bits is not None:
         raise ConfigError("give one of --bits, --scheme, or --w-bits with --a-bits")
     return f"W{8 if w_bits is None else w_bits}A{8 if a_bits is None else a_bits}"
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a list like ``1,2``.
+
+    Raises:
+        ConfigError: It is no such list.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"{option}: expected whole numbers like 1,2, got '{text}'"
+        ) from error
 
 
 def default_output(model: str, recipe: Recipe) -> Path:

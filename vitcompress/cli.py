@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,16 +24,18 @@ from vitcompress.arguments import (
     overridden,
     predictor_of,
     say,
+    whole_numbers,
     with_preprocessing,
 )
 from vitcompress.artifact import is_artifact, write_file
-from vitcompress.artifact.files import check_writable
+from vitcompress.artifact.files import check_file_writable, check_writable
+from vitcompress.benchmark import DEFAULT_ROUNDS, RUNTIMES
+from vitcompress.benchmark import benchmark as run_benchmark
 from vitcompress.errors import VitcompressError
 from vitcompress.evaluate import evaluate
 from vitcompress.export.onnx import TARGETS
 from vitcompress.measure import measure_activations
 from vitcompress.recipe import available_recipes, load_recipe
-from vitcompress.report import EvaluationEntry, ExportEntry
 from vitcompress.terminal import out
 
 __all__ = ["app", "main"]
@@ -277,6 +280,34 @@ def export(
         write_file(json_, lambda path: _write(path, entry))
 
 
+@app.command()
+def benchmark(
+    paths: Annotated[list[Path], typer.Argument(help=".onnx files and artefact directories")],
+    runtime: Annotated[str, typer.Option(help=" | ".join(RUNTIMES))] = "ort",
+    threads: Annotated[str, typer.Option(help="Threads of each case, e.g. 1,2")] = "1",
+    batch: Annotated[str, typer.Option(help="Images in one inference, e.g. 1,8")] = "1",
+    repeats: Annotated[int, typer.Option(help="Rounds of each case")] = DEFAULT_ROUNDS,
+    references: Annotated[
+        bool, typer.Option(help="Measure float32 and dynamic INT8 forms as well")
+    ] = True,
+    json_: Json = None,
+) -> None:
+    """Time files in turns, beside the float32 network and onnxruntime's dynamic INT8."""
+    if json_ is not None:
+        check_file_writable(json_)
+    report = run_benchmark(
+        paths,
+        runtime=runtime,
+        threads=whole_numbers("--threads", threads),
+        batches=whole_numbers("--batch", batch),
+        rounds=repeats,
+        references=references,
+    )
+    terminal.print_benchmark(out, report)
+    if json_ is not None:
+        write_file(json_, lambda path: _write(path, report))
+
+
 @recipes_app.command("list")
 def recipes_list() -> None:
     """List the shipped recipes."""
@@ -321,7 +352,7 @@ def demo(
     run_demo(out, output)
 
 
-def _write(path: Path, entry: EvaluationEntry | ExportEntry) -> None:
+def _write(path: Path, entry: BaseModel) -> None:
     path.write_text(entry.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,8 +14,16 @@ from vitcompress.graph.patterns import attentions, blocks, norm_linear_groups
 from vitcompress.measure import SiteMeasurement
 from vitcompress.passes.base import quantizers_of
 from vitcompress.report import CompressionReport, EvaluationEntry, ExportEntry, SiteEntry
+from vitcompress.speed import BenchmarkReport
 
-__all__ = ["out", "print_evaluation", "print_export", "print_graph", "print_report"]
+__all__ = [
+    "out",
+    "print_benchmark",
+    "print_evaluation",
+    "print_export",
+    "print_graph",
+    "print_report",
+]
 
 #: Columns where the output is a file or a pipe, which has no width of its own.
 PLAIN_WIDTH = 120
@@ -171,6 +179,49 @@ def print_export(console: Console, entry: ExportEntry) -> None:
     )
     for name, reason in list(entry.float_linears.items())[:10]:
         console.print(f"  [yellow]float:[/yellow] {escape(name)}: {escape(reason)}")
+
+
+def print_benchmark(console: Console, report: BenchmarkReport) -> None:
+    """Print a table for each case, and what the figures hold for."""
+    for threads, batch, entries in report.cases():
+        title = f"{_counted(threads, 'thread')}, batch {batch}, {entries[0].runtime}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("file", overflow="fold")
+        for column in ("MB", "wall ms", "IQR", "CPU ms", "images/s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for kind, found in (("float32", report.float32), ("dyn. INT8", report.dynamic_int8)):
+            if found is not None:
+                table.add_column(f"x {kind}", justify="right", no_wrap=True)
+        table.add_column("integer products", justify="right")
+        for entry in entries:
+            ratios = (entry.speedup_over_float32, entry.speedup_over_dynamic_int8)
+            table.add_row(
+                escape(entry.name),
+                f"{entry.size_bytes / 1e6:.2f}",
+                f"{entry.median_wall_ms:.3g}",
+                f"{entry.iqr_wall_ms:.2g}",
+                f"{entry.median_cpu_ms:.3g}",
+                f"{entry.images_per_second:.1f}",
+                *(f"{ratio:.2f}" for ratio in ratios if ratio is not None),
+                f"{entry.integer_products} of {entry.integer_products + entry.float_products}",
+            )
+        console.print(table)
+    if report.float32 is None:
+        console.print("[yellow]no ratios: no float32 reference was measured[/yellow]")
+    first = report.entries[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    console.print(
+        f"medians of {_counted(first.rounds, 'round')} in turns; x is how many times faster, "
+        "paired by round. Ratios hold for this machine: "
+        f"{escape(report.processor)}, {_counted(report.processors, 'processor')}, "
+        f"{report.system}; vitcompress {report.vitcompress}, {versions}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_graph(

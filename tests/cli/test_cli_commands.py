@@ -291,7 +291,15 @@ def test_help_lists_the_commands(vitcompress):
     found = vitcompress("--help")
 
     assert found.code == 0
-    for command in ("quantize", "inspect", "evaluate", "export", "demo", "recipes"):
+    for command in (
+        "quantize",
+        "inspect",
+        "evaluate",
+        "export",
+        "benchmark",
+        "demo",
+        "recipes",
+    ):
         assert command in found.out
 
 

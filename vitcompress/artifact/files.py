@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vitcompress.errors import ConfigError
 
-__all__ = ["check_writable", "write_directory", "write_file"]
+__all__ = ["check_file_writable", "check_writable", "write_directory", "write_file"]
 
 
 def write_file(path: Path, write: Callable[[Path], None], *, overwrite: bool = True) -> None:
@@ -64,6 +64,18 @@ def write_directory(
             shutil.rmtree(old, ignore_errors=True)
 
 
+def check_file_writable(path: Path) -> None:
+    """Check a file that :func:`write_file` is to write, before any work is done.
+
+    Raises:
+        ConfigError: It is a directory, or not writable.
+    """
+    with _reported(path):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a directory; name a file in it")
+        _check_ancestor(path, path.absolute().parent)
+
+
 def check_writable(path: Path, *, overwrite: bool) -> None:
     """Check a destination before any work is done.
 
@@ -86,7 +98,10 @@ def _check_destination(path: Path, overwrite: bool) -> None:
             raise ConfigError(
                 f"{path}: holds an artefact already; pass --overwrite to replace it"
             )
-    ancestor = path.absolute()
+    _check_ancestor(path, path.absolute())
+
+
+def _check_ancestor(path: Path, ancestor: Path) -> None:
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):

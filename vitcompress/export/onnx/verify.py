@@ -31,7 +31,7 @@ from vitcompress.graph import CapturedGraph, OutputDict
 from vitcompress.numerics.metrics import cosine
 from vitcompress.quantizers import Affine, Quantizer
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "integer_ops", "verify"]
 
 #: Fused operators of onnxruntime that multiply integers.
 INTEGER_OPS = (
@@ -123,7 +123,6 @@ def verify(
         by_target = dict(zip(codes, stepped, strict=True))
         in_step.append(_compare_in_step(path, captured, images[:batch], logits, by_target))
     integer, fell_out = _coverage(facts["nodes"], linears, reasons)
-    counts = {op: facts["ops"][op] for op in INTEGER_OPS if facts["ops"].get(op)}
     return Verification(
         runtime=facts["runtime"],
         code_mismatch=max(mismatch for mismatch, _ in in_step),
@@ -136,8 +135,13 @@ def verify(
         integer_linears=integer,
         linears=len(linears),
         float_linears=fell_out,
-        integer_ops=counts,
+        integer_ops=integer_ops(facts["ops"]),
     )
+
+
+def integer_ops(ops: Mapping[str, int]) -> dict[str, int]:
+    """Return how often each integer product occurs among the operators of a graph, by type."""
+    return {op: ops[op] for op in INTEGER_OPS if ops.get(op)}
 
 
 def _coverage(

@@ -394,3 +394,28 @@ def test_outputs_that_overflow_are_refused():
 
     with pytest.raises(UnsupportedModelError, match="TinyViT: the output is not finite"):
         capture(model, images(2))
+
+
+class Caching(nn.Module):
+    """Keeps the table of biases it has picked, as some libraries do in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6))
+        self.cache = {}
+
+    def forward(self, x):
+        if "table" not in self.cache:
+            self.cache["table"] = self.table[torch.arange(3).flip(0)][:, None, None]
+        return (x * self.cache["table"]).mean((2, 3))
+
+
+@torch.no_grad()
+def test_a_model_that_caches_tensors_is_captured_and_still_runs():
+    model = Caching().eval()
+    expected = images(3) * model.table[:3].flip(0)[:, None, None]
+
+    graph = capture(model, images(2))
+
+    for found in (graph.logits(images(3)), model(images(3))):
+        torch.testing.assert_close(found, expected.mean((2, 3)))

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -110,11 +111,16 @@ def _export(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep off the terminal what the exporter prints besides its exception."""
+    """Keep off the terminal what the exporter prints and warns besides its exception.
+
+    It warns of models that cache tensors when they run. Those become constants of the graph,
+    and the exporter takes them off the model again.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)

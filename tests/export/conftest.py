@@ -21,7 +21,7 @@ def models(vit_graph, source):
 @pytest.fixture(scope="session")
 def export(models, tmp_path_factory):
     """Return a file, with its model and result, of a recipe, a scheme and a target."""
-    traced = cache(lambda graph, opset: exporter_marked_model(graph, opset=opset))
+    traced = cache(lambda graph, **options: exporter_marked_model(graph, **options))
     exporter_marked_model = exporter.marked_model
 
     @cache
@@ -31,7 +31,9 @@ def export(models, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             # The trace depends on the model alone; the lowering edits it, hence the copy.
             patch.setattr(
-                exporter, "marked_model", lambda graph, opset: traced(graph, opset).clone()
+                exporter,
+                "marked_model",
+                lambda graph, **options: traced(graph, **options).clone(),
             )
             result = model.export_onnx(path, target=target, images=images(64, seed=7))
         return SimpleNamespace(model=model, path=path, result=result)

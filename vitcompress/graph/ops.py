@@ -27,6 +27,7 @@ mul = aten.mul.Tensor
 expand = aten.expand.default
 permute = aten.permute.default
 select = aten.select.int
+slice_ = aten.slice.Tensor
 unsqueeze = aten.unsqueeze.default
 sym_size = aten.sym_size.int
 attention = aten.scaled_dot_product_attention.default
@@ -96,7 +97,7 @@ RESHAPE: Collection[Target] = {
 }
 EXPAND: Collection[Target] = {expand, aten.expand_as.default}
 #: Rank-preserving picks along one axis: ``(x, dim, ...)``.
-PICK: Collection[Target] = {aten.slice.Tensor, aten.narrow.default}
+PICK: Collection[Target] = {slice_, aten.narrow.default}
 SELECT: Collection[Target] = {select}
 ROLL: Collection[Target] = {aten.roll.default}
 UNBIND: Collection[Target] = {

@@ -72,7 +72,8 @@ def export_onnx(
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ExportError(f"{len(refused)} sites cannot be written to ONNX: {listed}{more}")
     opset = _opset(spelling, quantizers)
-    model = marked_model(captured, opset=opset)
+    fuses = spelling.attention == "fused"
+    model = marked_model(captured, opset=opset, fuse_attention=fuses)
     lowering = Lowering(model, quantizers, spelling)
     lowering.run()
     model.producer_name = "vitcompress"

@@ -31,6 +31,8 @@ from vitcompress.quantizers import (
 
 __all__ = ["Lowering"]
 
+#: Domain of onnxruntime's own operators.
+CONTRIB = "com.microsoft"
 _INT32_MAX = 2**31 - 1
 
 
@@ -60,6 +62,7 @@ class Lowering:
     def run(self) -> None:
         """Lower every marker, linears first: they decide how their operands are spelled."""
         for kind, lower in (
+            ("Attention", self._attention),
             ("Linear", self._linear),
             ("Weight", self._weight_marker),
             ("Quantize", self._quantize_marker),
@@ -172,6 +175,27 @@ class Lowering:
         if len(node.inputs) > 2:
             result = self._add(node, "Add", [result, node.inputs[2]])
         return result
+
+    # Attention
+
+    def _attention(self, node: ir.Node) -> None:
+        query, key, value, *bias = node.inputs
+        inputs = [query, key, value, None, None, *bias]
+        attributes: dict[str, Any] = {
+            "num_heads": node.attributes["num_heads"].as_int(),
+            "scale": node.attributes["scale"].as_float(),
+        }
+        path = f"{node.attributes['target'].as_string()}:attention"
+        self.model.opset_imports[CONTRIB] = 1
+        result = self._add(
+            node,
+            "MultiHeadAttention",
+            inputs if bias else inputs[:3],
+            name=path,
+            domain=CONTRIB,
+            **attributes,
+        )
+        self._replace(node, result)
 
     # Weights
 
@@ -349,10 +373,11 @@ class Lowering:
         inputs: Sequence[ir.Value | None],
         *,
         name: str | None = None,
+        domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
         self._names += 1
-        node = ir.node(op_type, list(inputs), attributes=attributes)
+        node = ir.node(op_type, list(inputs), attributes=attributes, domain=domain)
         node.name = name or f"{op_type}_{self._names}"
         node.outputs[0].name = f"{node.name}_output"
         self.model.graph.insert_before(before, node)

@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vitcompress.errors import ExportError
+from vitcompress.export.onnx.attention import (
+    FusedAttention,
+    fusable_attentions,
+    place_attention,
+)
 from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import module_path
@@ -52,13 +57,32 @@ class _LinearMarker(nn.Module):
         return _marker("Linear", tensors, self.path, (*x.shape[:-1], weight.shape[0]))
 
 
+class _AttentionMarker(nn.Module):
+    """Stands for a fused attention core; see ``attention.FusedAttention``."""
+
+    def __init__(self, path: str, fused: FusedAttention) -> None:
+        super().__init__()
+        self.path = path
+        self.fused = fused
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
+        attributes = {"num_heads": self.fused.heads, "scale": self.fused.scale}
+        shape = (*query.shape[:2], value.shape[2])
+        inputs = (query, key, value, *bias)
+        return _marker("Attention", inputs, self.path, shape, attributes)
+
+
 def _marker(
-    kind: str, inputs: tuple[Tensor, ...], target: str, shape: tuple[int, ...]
+    kind: str,
+    inputs: tuple[Tensor, ...],
+    target: str,
+    shape: tuple[int, ...],
+    attributes: Mapping[str, int | float] | None = None,
 ) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{kind}",
         inputs,
-        {"target": target},
+        {"target": target, **(attributes or {})},
         dtype=torch.float32,
         shape=shape,
         version=1,
@@ -66,12 +90,15 @@ def _marker(
     return result
 
 
-def marked_model(captured: CapturedGraph, *, opset: int) -> ir.Model:
+def marked_model(
+    captured: CapturedGraph, *, opset: int, fuse_attention: bool = False
+) -> ir.Model:
     """Return the graph as ONNX with markers.
 
     Args:
         captured: A finished graph; not changed.
         opset: Opset to export at.
+        fuse_attention: Whether attention cores without quantizers become one marker each.
 
     Raises:
         ExportError: The exporter cannot translate an operation.
@@ -80,6 +107,12 @@ def marked_model(captured: CapturedGraph, *, opset: int) -> ir.Model:
     for target, quantizer in graph.quantizers().items():
         assert isinstance(quantizer, Quantizer)
         graph.module.set_submodule(target, _QuantizerMarker(target, quantizer.frozen))
+    if fuse_attention:
+        for index, fused in enumerate(fusable_attentions(graph)[0]):
+            name = f"attention_markers.{index}"
+            path = module_path(fused.result).path
+            graph.module.add_submodule(name, _AttentionMarker(path, fused))
+            place_attention(graph, fused, name)
     seen: Counter[str] = Counter()
     for index, node in enumerate(list(graph.graph.nodes)):
         if is_op(node, ops.LINEAR) and is_quantizer(node.args[1]):

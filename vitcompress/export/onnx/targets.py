@@ -20,6 +20,8 @@ class Target:
             stored type itself.
         linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
             onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
+        attention: ``fused`` writes attention without quantizers as onnxruntime's
+            ``MultiHeadAttention``; ``products`` as two products and a softmax.
         description: One line for people.
     """
 
@@ -27,6 +29,7 @@ class Target:
     opset: int = 21
     low_bit_weights: Literal["cast", "direct"]
     linear: Literal["gemm", "matmul"]
+    attention: Literal["fused", "products"]
     description: str
 
 
@@ -37,6 +40,7 @@ TARGETS: dict[str, Target] = {
             name="ort-cpu",
             low_bit_weights="cast",
             linear="gemm",
+            attention="fused",
             description=(
                 "onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8"
             ),
@@ -45,6 +49,7 @@ TARGETS: dict[str, Target] = {
             name="generic",
             low_bit_weights="direct",
             linear="matmul",
+            attention="products",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",
         ),
     )

@@ -141,6 +141,8 @@ class ExportEntry(_Entry):
     cosine: float
     top1_agreement_percent: float
     max_difference: float
+    fused_attention: int = 0
+    unfused_attention: dict[str, str] = {}
 
     @classmethod
     def of(cls, result: ExportResult) -> "ExportEntry":
@@ -152,6 +154,8 @@ class ExportEntry(_Entry):
             opset=result.opset,
             size_bytes=result.size_bytes,
             execution="executed" if complete else "simulated",
+            fused_attention=result.fused_attention,
+            unfused_attention=dict(result.unfused_attention),
             **{name: getattr(found, name) for name in found.__dataclass_fields__},
         )
 

@@ -179,6 +179,11 @@ def print_export(console: Console, entry: ExportEntry) -> None:
     )
     for name, reason in list(entry.float_linears.items())[:10]:
         console.print(f"  [yellow]float:[/yellow] {escape(name)}: {escape(reason)}")
+    if entry.fused_attention or entry.unfused_attention:
+        cores = entry.fused_attention + len(entry.unfused_attention)
+        console.print(f"attention: {entry.fused_attention} of {cores} cores fused")
+    for name, reason in list(entry.unfused_attention.items())[:10]:
+        console.print(f"  not fused: {escape(name)}: {escape(reason)}")
 
 
 def print_benchmark(console: Console, report: BenchmarkReport) -> None:

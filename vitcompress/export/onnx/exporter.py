@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from vitcompress.errors import ExportError
+from vitcompress.export.onnx.attention import fusable_attentions
 from vitcompress.export.onnx.lowerings import Lowering
 from vitcompress.export.onnx.program import marked_model
 from vitcompress.export.onnx.support import unsupported_sites
@@ -35,12 +36,16 @@ class ExportResult:
         opset: ONNX opset.
         size_bytes: Size of the file.
         verification: What onnxruntime made of it.
+        fused_attention: Attention cores written as one operator.
+        unfused_attention: The others, with the reason.
     """
 
     target: str
     opset: int
     size_bytes: int
     verification: Verification
+    fused_attention: int = 0
+    unfused_attention: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -73,6 +78,7 @@ def export_onnx(
         raise ExportError(f"{len(refused)} sites cannot be written to ONNX: {listed}{more}")
     opset = _opset(spelling, quantizers)
     fuses = spelling.attention == "fused"
+    fused, unfused = fusable_attentions(captured) if fuses else ([], {})
     model = marked_model(captured, opset=opset, fuse_attention=fuses)
     lowering = Lowering(model, quantizers, spelling)
     lowering.run()
@@ -92,6 +98,8 @@ def export_onnx(
         opset=opset,
         size_bytes=path.stat().st_size,
         verification=verification,
+        fused_attention=len(fused),
+        unfused_attention=unfused,
     )
 
 

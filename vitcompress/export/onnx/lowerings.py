@@ -416,7 +416,7 @@ def _readers(node: ir.Node) -> list[ir.Node]:
     return [use.node for use in node.outputs[0].uses()]
 
 
-def _axis(quantizer: Quantizer) -> dict[str, int]:
+def _axis(quantizer: Quantizer) -> dict[str, Any]:
     granularity = quantizer.spec.granularity
     if isinstance(granularity, PerChannel):
         return {"axis": granularity.axis}

@@ -16,14 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vitcompress.errors import ExportError
 from vitcompress.export.onnx.program import DOMAIN
-from vitcompress.export.onnx.support import half_range
+from vitcompress.export.onnx.support import axis_of, bias_codes, half_range, stored_rows
 from vitcompress.export.onnx.targets import Target
 from vitcompress.quantizers import (
     Affine,
     Log2,
-    PerChannel,
     PerGroup,
     PerTensor,
     Quantizer,
@@ -33,7 +31,6 @@ __all__ = ["Lowering"]
 
 #: Domain of onnxruntime's own operators.
 CONTRIB = "com.microsoft"
-_INT32_MAX = 2**31 - 1
 
 
 @dataclass
@@ -157,14 +154,11 @@ class Lowering:
         the file compute something else than the graph.
         """
         assert bias.const_value is not None
-        values = bias.const_value.numpy().astype(np.float64)
-        steps = quantizer.scale.double().numpy() * stored.scale.double().numpy()
-        scale = np.broadcast_to(steps, values.shape).astype(np.float32)
-        codes = np.rint(values / scale)
-        apart = np.abs(values / scale - codes) > 1e-3 + 1e-6 * np.abs(codes)
-        if apart.any() or np.abs(codes).max(initial=0.0) > _INT32_MAX:
+        found = bias_codes(bias.const_value.numpy(), quantizer, stored)
+        if found is None:
             return None
-        integer = self._constant(codes.astype(np.int32), f"{bias.name}.int32")
+        codes, scale = found
+        integer = self._constant(codes, f"{bias.name}.int32")
         return self._add(node, "DequantizeLinear", [integer, self._constant(scale)], axis=0)
 
     def _matmul(self, node: ir.Node, path: str) -> ir.Value:
@@ -233,7 +227,7 @@ class Lowering:
             weight,
             quantizer.scale.numpy(),
             points.astype(np.int8).astype(point_type),
-            **_axis(quantizer),
+            **axis_of(quantizer),
         )
         self._values[value] = result
         return result
@@ -269,7 +263,7 @@ class Lowering:
 
     def _parameter_shape(self, value: ir.Value, quantizer: Affine) -> list[int]:
         """Return the shape in which one parameter per channel or head fits a value."""
-        rank, axis = len(value.shape or ()), _axis(quantizer)["axis"]
+        rank, axis = len(value.shape or ()), axis_of(quantizer)["axis"]
         return [-1 if position == axis % rank else 1 for position in range(rank)]
 
     def _activation_codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
@@ -286,7 +280,7 @@ class Lowering:
             "QuantizeLinear",
             [value, self._constant(scale), self._constant(point)],
             name=quantizer.site,
-            **_axis(quantizer),
+            **axis_of(quantizer),
         )
         self._codes[marked] = codes
         self._note_codes(node, codes)
@@ -400,26 +394,5 @@ class Lowering:
                 del self.model.graph.initializers[name]
 
 
-def stored_rows(weight: ir.Value) -> int:
-    """Return the number of output rows of a weight.
-
-    Raises:
-        ExportError: The shape is not static.
-    """
-    rows = weight.shape[0] if weight.shape is not None else None
-    if not isinstance(rows, int):
-        raise ExportError(f"{weight.name}: the weight has no static shape")
-    return rows
-
-
 def _readers(node: ir.Node) -> list[ir.Node]:
     return [use.node for use in node.outputs[0].uses()]
-
-
-def _axis(quantizer: Quantizer) -> dict[str, Any]:
-    granularity = quantizer.spec.granularity
-    if isinstance(granularity, PerChannel):
-        return {"axis": granularity.axis}
-    if isinstance(granularity, PerGroup):
-        return {"axis": 1, "block_size": granularity.size}
-    return {}

@@ -257,7 +257,8 @@ def test_artefact_is_measured_beside_references_made_from_it(report, made):
         assert (ours.integer_products, float32.integer_products) == (LINEARS, 0)
         assert dynamic.integer_ops == {"DynamicQuantizeMatMul": LINEARS}
         # The patch embedding, and two products in each of two attentions.
-        assert (ours.float_products, dynamic.float_products) == (5, 5)
+        # Of ours, two cores of attention and the patch embedding.
+        assert (ours.float_products, dynamic.float_products) == (3, 5)
         assert float32.float_products == LINEARS + 5
         assert float32.speedup_over_float32 == dynamic.speedup_over_dynamic_int8 == 1.0
         assert float32.size_bytes > max(ours.size_bytes, dynamic.size_bytes)

@@ -70,11 +70,12 @@ def test_every_linear_runs_as_integers_where_the_target_promises_it(exported):
         assert found.integer_linears + len(found.float_linears) == found.linears
 
 
-def test_file_is_valid_onnx_of_standard_operators(exported):
+def test_file_is_valid_onnx_of_standard_operators_and_fused_attention(exported):
     model, _ = load_file(exported.path)
+    fused = {"com.microsoft"} if exported.result.fused_attention else set()
 
     onnx.checker.check_model(model, full_check=True)
-    assert {opset.domain for opset in model.opset_import} == {""}
+    assert {opset.domain for opset in model.opset_import} == {"", *fused}
     assert [function.name for function in model.functions] == []
     assert model.producer_name == "vitcompress"
 

@@ -18,6 +18,7 @@ from backbone_rows import (
     Row,
     read_rows,
 )
+from backbones import BACKBONES
 from harness import RESULTS
 
 #: Characters of one problem in the table.
@@ -170,12 +171,13 @@ def _both(values: Iterable[str]) -> str:
 # The page
 
 
-def render(rows: Sequence[Row], source: str) -> str:
+def render(rows: Sequence[Row], source: str, missing: Sequence[str] = ()) -> str:
     """Return the page for these rows.
 
     Args:
         rows: One for each model, in order.
         source: Name of the file they come from.
+        missing: Models of the matrix that have no row.
     """
     lines = ["# Backbones", "", *_opening(rows, source), ""]
     for tier, title in TIERS.items():
@@ -184,6 +186,13 @@ def render(rows: Sequence[Row], source: str) -> str:
             passing = sum(row["passes"] for row in chosen)
             lines += [f"## {title}", "", f"{passing} of {len(chosen)} pass.", ""]
             lines += [*_table(chosen), ""]
+    if missing:
+        lines += [
+            "## Without a row",
+            "",
+            *(f"- {model}: not measured" for model in missing),
+            "",
+        ]
     lines += _section("What does not pass", rows, lambda row: row["problems"])
     lines += _section("Linears and convolutions that stay float", rows, _reasons)
     lines += _section("Notes", rows, lambda row: row["notes"])
@@ -266,7 +275,9 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     # By model, so that two runs in which models end in another order give the same page.
     rows = sorted(read_rows(path).values(), key=lambda row: row["model"])
-    arguments.out.write_text(render(rows, path.name), encoding="utf-8")
+    measured = {row["model"] for row in rows}
+    missing = [model for model in BACKBONES if model not in measured]
+    arguments.out.write_text(render(rows, path.name, missing), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 import calib
+from vitcompress.benchmark import processor_name
 from vitcompress.models import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,20 +73,10 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "versions": versions,
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def results_file(name: str) -> Path:

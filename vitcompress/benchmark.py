@@ -26,7 +26,7 @@ from vitcompress.export.onnx.stopwatch import Timing, time_files
 from vitcompress.export.onnx.verify import integer_ops
 from vitcompress.speed import BenchmarkEntry, BenchmarkReport, figures
 
-__all__ = ["DEFAULT_ROUNDS", "RUNTIMES", "available_processors", "benchmark"]
+__all__ = ["DEFAULT_ROUNDS", "RUNTIMES", "available_processors", "benchmark", "processor_name"]
 
 RUNTIMES = tuple(timing.RUNTIMES)
 DEFAULT_ROUNDS = 20
@@ -114,7 +114,7 @@ def benchmark(
             entries += _entries(candidates, timed, count, batch, named)
     return BenchmarkReport(
         vitcompress=_own_version(),
-        processor=_processor(),
+        processor=processor_name(),
         processors=available_processors(),
         system=f"{platform.system()} {platform.machine()}",
         seed=seed,
@@ -310,7 +310,7 @@ def _own_version() -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the name of the processor, as far as the system tells."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():

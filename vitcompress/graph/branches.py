@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import constant_node
-from vitcompress.graph.folding import batch_norm_map
+from vitcompress.graph.folding import batch_norm_map, stored_tensor
 from vitcompress.graph.kernels import Convolution, fused_convolution, identity
 from vitcompress.graph.metadata import ModulePath, TensorInfo, info, module_path, node_argument
 from vitcompress.graph.ops import is_op
@@ -164,9 +164,8 @@ def _extents(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 def _stored(captured: CapturedGraph, argument: Any) -> Tensor | None:
     """Return a stored tensor in float64; ``None`` for anything else."""
-    if isinstance(argument, fx.Node) and argument.op == "get_attr":
-        return captured.parameter(str(argument.target)).double()
-    return None
+    found = stored_tensor(captured, argument)
+    return None if found is None else found.double()
 
 
 # One convolution

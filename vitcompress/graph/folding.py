@@ -30,6 +30,7 @@ __all__ = [
     "fold_batch_norms",
     "fold_channel_scales",
     "fold_leading_batch_norms",
+    "stored_tensor",
 ]
 
 
@@ -43,7 +44,9 @@ class ChannelMap:
 
 def batch_norm_map(captured: CapturedGraph, norm: fx.Node) -> ChannelMap | None:
     """Return what a batch norm does in evaluation; ``None`` if its tensors are not stored."""
-    gamma, beta, mean, variance = (_stored(captured, argument) for argument in norm.args[1:5])
+    gamma, beta, mean, variance = (
+        stored_tensor(captured, argument) for argument in norm.args[1:5]
+    )
     if mean is None or variance is None:
         return None
     eps = norm.args[6]
@@ -137,7 +140,7 @@ def _scaled(captured: CapturedGraph, product: fx.Node) -> tuple[fx.Node, Tensor 
     if isinstance(first, fx.Node) and first.op == "get_attr":
         first, second = second, first
     assert isinstance(first, fx.Node)
-    vector = _stored(captured, second)
+    vector = stored_tensor(captured, second)
     usable = vector is not None and vector.is_floating_point() and vector.numel() > 1
     return first, vector if usable else None
 
@@ -146,7 +149,7 @@ def _fold_into_rows(captured: CapturedGraph, layer: fx.Node, channel_map: Channe
     """Let a layer compute ``channel_map`` of what it computed."""
     place = 2 if is_op(layer, ops.LAYER_NORM) else 1
     weight, bias = (
-        _stored(captured, layer.args[index]) if len(layer.args) > index else None
+        stored_tensor(captured, layer.args[index]) if len(layer.args) > index else None
         for index in (place, place + 1)
     )
     factor, shift = channel_map.factor, channel_map.shift
@@ -211,9 +214,9 @@ def _fold_into_columns(
     captured: CapturedGraph, layer: fx.Node, channel_map: ChannelMap
 ) -> None:
     """Let a layer read ``x`` and compute what it computed of ``channel_map`` of ``x``."""
-    weight = _stored(captured, layer.args[1])
+    weight = stored_tensor(captured, layer.args[1])
     assert weight is not None
-    bias = _stored(captured, layer.args[2]) if len(layer.args) > 2 else None
+    bias = stored_tensor(captured, layer.args[2]) if len(layer.args) > 2 else None
     groups = layer.args[6] if is_op(layer, ops.CONV) and len(layer.args) > 6 else 1
     assert isinstance(groups, int)
     factor, shift = (
@@ -246,7 +249,8 @@ def _weight(layer: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
-def _stored(captured: CapturedGraph, node: Any) -> Tensor | None:
+def stored_tensor(captured: CapturedGraph, node: Any) -> Tensor | None:
+    """Return the tensor that an argument reads; ``None`` if it is computed or absent."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
         return captured.parameter(str(node.target))
     return None

@@ -61,6 +61,7 @@ PUBLIC = {
         "search_range",
     ],
     "vitcompress.demo": ["DigitsViT", "load_digits", "load_model"],
+    "vitcompress.cli": ["app", "main"],
     "vitcompress.engine": ["LocalEngine", "PassRecord", "run_recipe"],
     "vitcompress.export.onnx": [
         "TARGETS",

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import calib
-from vitcompress import cli
+from vitcompress import cli, terminal
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def export(artefact, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     path, entry = folder / "sub" / "model.onnx", folder / "export.json"
     arguments = ["export", artefact, "--target", "ort-cpu", "-o", path, "--json", entry]
-    with pytest.MonkeyPatch.context() as patch, cli.out.capture() as printed:
+    with pytest.MonkeyPatch.context() as patch, terminal.out.capture() as printed:
         patch.setattr(
             sys,
             "argv",

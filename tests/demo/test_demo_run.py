@@ -9,7 +9,7 @@ from onnx_files import assert_codes_agree
 
 import vitcompress
 from calib.tensors import TensorSource
-from vitcompress import cli
+from vitcompress import cli, terminal
 from vitcompress.demo import load_digits, load_model, run
 from vitcompress.errors import ExportError
 from vitcompress.evaluate import evaluate, onnx_predictor
@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
         patch.setattr(run, "ROWS", ("W4A4",))
         patch.setattr(sys, "argv", ["vitcompress", "demo", "-o", str(folder)])
         patch.setenv("COLUMNS", "160")
-        with cli.out.capture() as printed:
+        with terminal.out.capture() as printed:
             code = cli._run()
     return code, folder, printed.get()
 
@@ -101,7 +101,7 @@ def test_float_linear_makes_the_demo_fail(demo, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "evaluate", lambda *_, **__: figures)
 
     with pytest.raises(ExportError, match=r"float linears: \{'head': 'runs as Gemm'\}"):
-        run.run_demo(cli.out, tmp_path)
+        run.run_demo(terminal.out, tmp_path)
 
 
 def fake_result():

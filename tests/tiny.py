@@ -130,6 +130,7 @@ def run_pass(step: Pass, graph: CapturedGraph, source: CalibrationSource | None)
         statistics=statistics,
         source=source,
         reference=graph.clone(),
+        teacher=graph.clone(),
         engine=engine,
         generator=torch.Generator().manual_seed(0),
     )

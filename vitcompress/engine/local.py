@@ -9,13 +9,29 @@ from tqdm import tqdm
 from vitcompress.calibration import CalibrationSource, Request, Statistics
 from vitcompress.calibration.interpreter import run, walk
 from vitcompress.calibration.observers import Observer
+from vitcompress.engine.blocks import BlockWalk
+from vitcompress.engine.checkpoint import Checkpoint
 from vitcompress.graph import CapturedGraph, enumerate_sites
+from vitcompress.passes.blocks import (
+    BlockOutcome,
+    BlockRecord,
+    BlockSettings,
+    BlockTask,
+    Inputs,
+)
 
 __all__ = ["LocalEngine"]
 
 
 class LocalEngine:
-    """Runs data through graphs in this process; see ``passes.base.Engine``."""
+    """Runs data through graphs in this process; see ``passes.base.Engine``.
+
+    Args:
+        checkpoint: Where blocks that are finished are kept, if anywhere.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        self._checkpoint = checkpoint
 
     def collect(
         self, graph: CapturedGraph, requests: Sequence[Request], source: CalibrationSource
@@ -56,6 +72,21 @@ class LocalEngine:
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:
         """Run the source once through the graph as it is and return the logits, ``[N, O]``."""
         return torch.cat([graph.logits(batch.images) for batch in source])
+
+    def map_blocks(
+        self,
+        graph: CapturedGraph,
+        teacher: CapturedGraph,
+        source: CalibrationSource,
+        fit: Callable[[BlockTask], BlockOutcome],
+        *,
+        inputs: Inputs,
+        settings: BlockSettings,
+        seed: int,
+    ) -> list[BlockRecord]:
+        """Reconstruct the graph block by block, in network order."""
+        stage = None if self._checkpoint is None else self._checkpoint.stage()
+        return BlockWalk(graph, teacher, settings, seed, stage).run(source, inputs, fit)
 
 
 def _updater(observers: list[Observer]) -> Callable[[Tensor], None]:

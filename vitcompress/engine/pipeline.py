@@ -1,13 +1,16 @@
 """Apply the passes of a recipe in order, and check after each what it claimed."""
 
+import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vitcompress.calibration import CalibrationSource
 from vitcompress.calibration.interpreter import run
+from vitcompress.engine.checkpoint import Checkpoint, digest_of
 from vitcompress.engine.local import LocalEngine
 from vitcompress.engine.memory import PeakMemory
 from vitcompress.errors import ConfigError, PassError, VitcompressError
@@ -41,7 +44,10 @@ class PassRecord:
 
 
 def run_recipe(
-    recipe: Recipe, reference: CapturedGraph, source: CalibrationSource
+    recipe: Recipe,
+    reference: CapturedGraph,
+    source: CalibrationSource,
+    checkpoint: Path | None = None,
 ) -> tuple[CapturedGraph, list[PassRecord]]:
     """Return the compressed graph and a record of each pass.
 
@@ -49,12 +55,15 @@ def run_recipe(
         recipe: Passes in order.
         reference: The float model; not changed.
         source: Calibration images.
+        checkpoint: Directory in which passes that reconstruct keep the blocks they finished;
+            the same run started again goes on from there, and gives the same bits.
 
     Raises:
+        ConfigError: The checkpoint is that of another run.
         PassError: A pass failed, or did not do what it claims.
     """
-    graph = reference.clone()
-    engine = LocalEngine()
+    graph = teacher = reference.clone()
+    engine = LocalEngine(_checkpoint(checkpoint, recipe, reference, source))
     generator = torch.Generator().manual_seed(recipe.seed)
     records: list[PassRecord] = []
     for index, step in enumerate(recipe.passes):
@@ -62,12 +71,15 @@ def run_recipe(
         where = f"passes[{index}] '{step.name}'"
         with PeakMemory() as memory:
             before = _outputs(graph, step)
+            if not holds(Fact.ATTACHED, graph):
+                teacher = graph.clone()
             try:
                 statistics = engine.collect(graph, step.statistics(graph), source)
                 context = PassContext(
                     statistics=statistics,
                     source=source,
                     reference=reference,
+                    teacher=teacher,
                     engine=engine,
                     generator=generator,
                 )
@@ -84,6 +96,20 @@ def run_recipe(
             )
         )
     return graph, records
+
+
+def _checkpoint(
+    folder: Path | None, recipe: Recipe, reference: CapturedGraph, source: CalibrationSource
+) -> Checkpoint | None:
+    if folder is None:
+        return None
+    identity = {
+        "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
+        "model": digest_of(reference),
+        "images": source.digest(),
+        "torch": torch.__version__,
+    }
+    return Checkpoint(folder, identity)
 
 
 def _outputs(graph: CapturedGraph, step: Pass) -> tuple[Tensor, ...] | None:

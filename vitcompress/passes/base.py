@@ -10,6 +10,13 @@ from torch import Tensor, fx
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
 from vitcompress.graph import CapturedGraph
+from vitcompress.passes.blocks import (
+    BlockOutcome,
+    BlockRecord,
+    BlockSettings,
+    BlockTask,
+    Inputs,
+)
 from vitcompress.quantizers import Quantizer
 
 __all__ = [
@@ -73,6 +80,33 @@ class Engine(Protocol):
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:
         """Run the source once through the graph as it is and return the logits, ``[N, O]``."""
 
+    def map_blocks(
+        self,
+        graph: CapturedGraph,
+        teacher: CapturedGraph,
+        source: CalibrationSource,
+        fit: Callable[[BlockTask], BlockOutcome],
+        *,
+        inputs: Inputs,
+        settings: BlockSettings,
+        seed: int,
+    ) -> list[BlockRecord]:
+        """Reconstruct a graph block by block, in network order.
+
+        Args:
+            graph: Quantized; each outcome is put into it before the next block begins.
+            teacher: Float network of the same blocks: what the blocks are to compute.
+            source: Images.
+            fit: Reconstructs one block.
+            inputs: What blocks are fed with. Those of the quantized network come from the
+                blocks in front as they were left.
+            settings: How data are kept.
+            seed: Of all that is random.
+
+        Returns:
+            One record for each block: its figures, or why it was left alone.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
@@ -82,6 +116,8 @@ class PassContext:
         statistics: Answers to the pass's requests.
         source: Calibration images.
         reference: The float model, as captured.
+        teacher: The float network in the graph's own coordinates: as earlier passes had left
+            it when quantizers were attached.
         engine: Runs data through graphs.
         generator: Seeded; the only source of randomness.
     """
@@ -89,6 +125,7 @@ class PassContext:
     statistics: Statistics
     source: CalibrationSource
     reference: CapturedGraph
+    teacher: CapturedGraph
     engine: Engine
     generator: torch.Generator
 

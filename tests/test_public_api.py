@@ -49,6 +49,7 @@ PUBLIC = {
         "Batch",
         "CalibrationSource",
         "ChannelAbsMax",
+        "FirstImages",
         "Histogram",
         "MinMax",
         "Observer",
@@ -88,9 +89,11 @@ PUBLIC = {
         "Fact",
         "Freeze",
         "IntegerBias",
+        "IsVit",
         "Pass",
         "PassContext",
         "PassReport",
+        "Reconstruct",
         "RefineRanges",
         "RepqVit",
         "register",
@@ -108,6 +111,7 @@ PUBLIC = {
         "PerTensor",
         "QuantSpec",
         "Quantizer",
+        "Sulq",
         "make_quantizer",
     ],
 }
@@ -169,6 +173,7 @@ def test_arguments_of_the_entry_points_keep_their_names():
 
     assert names(vitcompress.quantize) == [
         *("model", "bits", "scheme", "recipe", "source", "overrides", "model_id"),
+        "checkpoint",
     ]
     assert names(vitcompress.load) == ["path"]
     assert names(vitcompress.export_onnx) == ["model", "path", "target"]

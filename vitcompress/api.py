@@ -152,6 +152,7 @@ def quantize(
     source: calib.Source | CalibrationSource | None = None,
     overrides: Sequence[str] = (),
     model_id: str = "",
+    checkpoint: str | Path | None = None,
 ) -> CompressedModel:
     """Return a quantized copy of a model, with a report.
 
@@ -164,9 +165,11 @@ def quantize(
         source: Calibration images; 32 rendered ones if not given.
         overrides: Recipe settings such as ``passes.1.method=minmax``.
         model_id: What to call the model in files.
+        checkpoint: Directory in which a reconstruction keeps the blocks it finished; the same
+            call again goes on from there.
 
     Raises:
-        ConfigError: A setting is wrong.
+        ConfigError: A setting is wrong, or the checkpoint is that of another run.
         InputError: The model's weights are not finite.
         UnsupportedModelError: The model cannot be captured.
         PassError: A pass failed on this model.
@@ -179,7 +182,8 @@ def quantize(
     with _stage("capture", stages):
         reference = _captured(model, first[:2], model_id)
     with _stage("compress", stages):
-        graph, records = run_recipe(chosen, reference, source)
+        folder = None if checkpoint is None else Path(checkpoint)
+        graph, records = run_recipe(chosen, reference, source, folder)
     with _stage("measure", stages):
         measurements = measure_activations(graph, source)
     with _stage("compare", stages):

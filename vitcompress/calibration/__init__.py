@@ -10,13 +10,14 @@ from vitcompress.calibration.observers import (
     SecondMoment,
 )
 from vitcompress.calibration.ranges import RangeConfig, search_range
-from vitcompress.calibration.source import Batch, CalibrationSource
+from vitcompress.calibration.source import Batch, CalibrationSource, FirstImages
 from vitcompress.calibration.statistics import Request, Statistics
 
 __all__ = [
     "Batch",
     "CalibrationSource",
     "ChannelAbsMax",
+    "FirstImages",
     "Histogram",
     "MinMax",
     "Observer",

@@ -73,6 +73,7 @@ def walk(
     captured: CapturedGraph,
     batches: Iterable[Tensor],
     visit: Callable[[fx.Node, list[Tensor]], None],
+    taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
 ) -> None:
     """Run all batches through the graph in step, node by node.
 
@@ -85,6 +86,7 @@ def walk(
         captured: Graph to run.
         batches: Images of each batch, ``[B, C, H, W]``.
         visit: Called with each quantizer node and its inputs; weights come as one tensor.
+        taps: Called with the values of their node, one for each batch.
     """
     images = list(batches)
     last_user = _last_users(captured.graph)
@@ -108,6 +110,8 @@ def walk(
                 _call(captured, node, partial(_lookup, values, shared, index))
                 for index in range(len(images))
             ]
+            if taps is not None and node in taps:
+                taps[node](values[node])
         for source in last_user.get(node, ()):
             values.pop(source, None)
             shared.pop(source, None)

@@ -79,6 +79,12 @@ def quantize(
         Path | None, typer.Option("--output", "-o", help="Artefact directory to write")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier artefact")] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep finished blocks of a reconstruction here, and go on from them"
+        ),
+    ] = None,
     trust_input: Trust = False,
 ) -> None:
     """Quantize a model, evaluate it, and save the artefact."""
@@ -110,7 +116,7 @@ def quantize(
     say("preprocessing", loaded.preprocessing.describe())
     say("scheme", f"{chosen.scheme}, recipe {chosen.name}: {chosen.description}")
     say("calibration", source.describe())
-    compressed = api.quantize(loaded, recipe=chosen, source=source)
+    compressed = api.quantize(loaded, recipe=chosen, source=source, checkpoint=checkpoint)
     if source.skipped:
         names = ", ".join(f"{s.id} ({s.reason})" for s in source.skipped[:3])
         out.print(

@@ -1,6 +1,6 @@
 """The engine of one machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -56,6 +56,7 @@ class LocalEngine:
         graph: CapturedGraph,
         source: CalibrationSource,
         visit: Callable[[fx.Node, list[Tensor]], None],
+        taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
     ) -> None:
         """Run the source once in step, quantizer by quantizer."""
         with tqdm(
@@ -66,7 +67,7 @@ class LocalEngine:
                 visit(node, values)
                 bar.update()
 
-            walk(graph, (batch.images for batch in source), visit_and_count)
+            walk(graph, (batch.images for batch in source), visit_and_count, taps)
 
     @torch.no_grad()
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:

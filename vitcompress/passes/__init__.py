@@ -5,6 +5,7 @@ from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport,
 from vitcompress.passes.calibrate import Calibrate
 from vitcompress.passes.freeze import Freeze
 from vitcompress.passes.integer_bias import IntegerBias
+from vitcompress.passes.is_vit import IsVit
 from vitcompress.passes.reconstruct import Reconstruct
 from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
@@ -16,6 +17,7 @@ __all__ = [
     "Fact",
     "Freeze",
     "IntegerBias",
+    "IsVit",
     "Pass",
     "PassContext",
     "PassReport",

@@ -1,6 +1,6 @@
 """The contract of a pass: declare statistics, apply, report; the facts that order passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -74,6 +74,7 @@ class Engine(Protocol):
         graph: CapturedGraph,
         source: CalibrationSource,
         visit: Callable[[fx.Node, list[Tensor]], None],
+        taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
     ) -> None:
         """Run the source once through the graph in step; see ``calibration.interpreter``."""
 

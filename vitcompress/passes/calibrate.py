@@ -7,12 +7,14 @@ or sequentially, each quantizer set on the output of those before it (as RepQ-Vi
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from vitcompress.calibration import (
+    FirstImages,
     Histogram,
     RangeConfig,
     Request,
@@ -20,12 +22,12 @@ from vitcompress.calibration import (
     Statistics,
     search_range,
 )
-from vitcompress.errors import ConfigError
+from vitcompress.errors import ConfigError, PassError
 from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import info, node_argument
 from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of, register
-from vitcompress.quantizers import PerTensor, Quantizer
+from vitcompress.quantizers import PerTensor, Quantizer, Sulq
 
 __all__ = ["Calibrate", "CalibrateConfig"]
 
@@ -38,6 +40,7 @@ class CalibrateConfig(RangeConfig):
         roles: Only quantizers at these roles; all by default. Those that have parameters
             already are left alone.
         sequential: See upstream quantization. Costs memory that grows with the images.
+        images: Look at the first so many images only, sequential form only; at all by default.
         sample_images: Images whose values are kept where a histogram does not serve
             (finer than per tensor, and ``output_mse``), parallel form only.
         sample_tokens: Rows of a linear's input on which ``output_mse`` measures.
@@ -45,11 +48,16 @@ class CalibrateConfig(RangeConfig):
 
     roles: tuple[Role, ...] | None = None
     sequential: bool = False
+    images: int | None = None
     sample_images: int = 32
     sample_tokens: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.images is not None and (self.images < 1 or not self.sequential):
+            raise ConfigError(
+                f"images: expected at least 1, with sequential: true; got {self.images}"
+            )
         if self.sample_images < 1 or self.sample_tokens < 1:
             raise ConfigError("sample_images and sample_tokens: expected at least 1")
 
@@ -99,10 +107,11 @@ class Calibrate:
         found: dict[str, tuple[QuantizationSite, Quantizer]] = {}
         for site in enumerate_sites(graph).values():
             target = site.quantizer
-            if target is None or quantizers[target].calibrated or target in found:
+            quantizer = None if target is None else quantizers.get(target)
+            if target is None or quantizer is None or quantizer.calibrated or target in found:
                 continue
             if self.config.roles is None or site.role in self.config.roles:
-                found[target] = site, quantizers[target]
+                found[target] = site, quantizer
         return list(found.values())
 
     # Parallel form
@@ -119,6 +128,7 @@ class Calibrate:
         return (
             type(quantizer.spec.granularity) is PerTensor
             and self.config.method != "output_mse"
+            and not isinstance(quantizer, Sulq)
         )
 
     def _observed(
@@ -140,15 +150,39 @@ class Calibrate:
         context: PassContext,
     ) -> None:
         by_target = {site.quantizer: (site, quantizer) for site, quantizer in pending}
+        operands: dict[fx.Node, list[Tensor]] = {}
+        taps = {
+            node: partial(operands.__setitem__, node)
+            for node in (_other_operand(s) for s, q in pending if isinstance(q, Sulq))
+        }
 
         def visit(node: fx.Node, values: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
                 axis, _ = _rows_of_an_image(site)
                 stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
-                self._set(graph, site, quantizer, stacked, None, context.generator)
+                if isinstance(quantizer, Sulq):
+                    quantizer.search(stacked, self._product(site, operands))
+                else:
+                    self._set(graph, site, quantizer, stacked, None, context.generator)
 
-        context.engine.walk(graph, context.source, visit)
+        source = context.source
+        if self.config.images is not None:
+            source = FirstImages(source, self.config.images)
+        context.engine.walk(graph, source, visit, taps)
+
+    @staticmethod
+    def _product(
+        site: QuantizationSite, operands: dict[fx.Node, list[Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the product that reads probabilities, as a function of them."""
+        node = _other_operand(site)
+        if node not in operands:
+            raise PassError(f"{site.name}: what it is multiplied with is computed after it")
+        other = torch.cat(operands.pop(node))
+        if site.index == 0:
+            return lambda probs: probs @ other
+        return lambda probs: other @ probs
 
     def _set(
         self,
@@ -159,6 +193,9 @@ class Calibrate:
         counts: Tensor | None,
         generator: torch.Generator,
     ) -> None:
+        if isinstance(quantizer, Sulq):
+            quantizer.search(values, None)
+            return
         config: RangeConfig = self.config
         reader = None
         if config.method == "output_mse":
@@ -185,6 +222,12 @@ def _rows_of_an_image(site: QuantizationSite) -> tuple[int, int]:
         if match is not None:
             return axis, int(match[1] or 1)
     return 0, 1
+
+
+def _other_operand(site: QuantizationSite) -> fx.Node:
+    """Return the tensor that one at a product is multiplied with, not quantized."""
+    source = node_argument(site.reader, 1 - site.index)
+    return node_argument(source, 0) if is_quantizer(source) else source
 
 
 def _without_zero(config: RangeConfig) -> RangeConfig:

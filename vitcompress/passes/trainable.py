@@ -129,9 +129,21 @@ class _LearnedScale(nn.Module):
             granularity.broadcast(parameter, x)
             for parameter in (self.scale, self.quantizer.zero_point)
         )
-        found: Tensor = _Quantized.apply(viewed, scale, zero_point, self.quantizer.bounds, use)
-        reshaped: Tensor = found.reshape(x.shape)
-        return reshaped
+        arguments = (viewed, scale, zero_point, self.quantizer.bounds, use)
+        found: Tensor = _Quantized.apply(*arguments)
+        return found.reshape(x.shape)
+
+
+class _PassedThrough(torch.autograd.Function):
+    """A value of our own, with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _Straight(nn.Module):
@@ -143,10 +155,11 @@ class _Straight(nn.Module):
         self.coin = coin
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.quantizer(x.detach())
+        found: Tensor = self.quantizer(x.detach())
         if self.coin is not None:
             found = self.coin.mix(found, x.detach())
-        return x + (found - x).detach() if x.requires_grad else found
+        passed: Tensor = _PassedThrough.apply(x, found)
+        return passed
 
 
 # "Adaptive rounding"
@@ -261,6 +274,10 @@ class TrainableBlock(nn.Module):
             return self.forward(*inputs)
         finally:
             self.coin.enabled = True
+
+    def quantizes(self) -> bool:
+        """Return whether any value in the block is quantized."""
+        return any(isinstance(m, (Quantizer, SoftRounding)) for m in self.module.modules())
 
     @property
     def rounding_parameters(self) -> list[nn.Parameter]:

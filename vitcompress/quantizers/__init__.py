@@ -13,6 +13,7 @@ from vitcompress.quantizers.spec import (
     PerTensor,
     QuantSpec,
 )
+from vitcompress.quantizers.sulq import Sulq
 
 __all__ = [
     "FORMATS",
@@ -27,11 +28,17 @@ __all__ = [
     "PerTensor",
     "QuantSpec",
     "Quantizer",
+    "Sulq",
     "make_quantizer",
 ]
 
 #: Format name in a spec -> class.
-FORMATS: dict[str, type[Quantizer]] = {"affine": Affine, "log2": Log2, "log_sqrt2": LogSqrt2}
+FORMATS: dict[str, type[Quantizer]] = {
+    "affine": Affine,
+    "log2": Log2,
+    "log_sqrt2": LogSqrt2,
+    "sulq": Sulq,
+}
 
 
 def make_quantizer(spec: QuantSpec, site: str = "") -> Quantizer:

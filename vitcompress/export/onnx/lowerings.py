@@ -21,10 +21,12 @@ from vitcompress.export.onnx.support import axis_of, bias_codes, half_range, sto
 from vitcompress.export.onnx.targets import Target
 from vitcompress.quantizers import (
     Affine,
+    Codebook,
     Log2,
     PerGroup,
     PerTensor,
     Quantizer,
+    Sulq,
 )
 
 __all__ = ["Lowering"]
@@ -238,8 +240,8 @@ class Lowering:
         if not node.outputs[0].uses():
             return
         quantizer = self.quantizers[node.attributes["target"].as_string()]
-        if isinstance(quantizer, Log2):
-            result = self._log_table(node, quantizer)
+        if isinstance(quantizer, Codebook):
+            result = self._looked_up(node, quantizer)
         else:
             assert isinstance(quantizer, Affine)
             codes = self._activation_codes(node, quantizer)
@@ -304,14 +306,14 @@ class Lowering:
         qmin, _ = quantizer.bounds
         return quantizer.scale.numpy(), (quantizer.zero_point - qmin).numpy().astype(np.uint8)
 
-    def _log_table(self, node: ir.Node, quantizer: Log2) -> ir.Value:
+    def _looked_up(self, node: ir.Node, quantizer: Codebook) -> ir.Value:
         """Encode by a logarithm, decode by looking the code up in a table of ``2^bits``."""
-        table = quantizer.unit_table() * quantizer.scale
-        factor = np.float32(-quantizer.steps_per_octave / np.log(2.0))
-        positive = self._add(node, "Relu", [node.inputs[0]])
-        ratio = self._add(node, "Div", [positive, self._constant(quantizer.scale.numpy())])
-        log = self._add(node, "Log", [ratio])
-        steps = self._add(node, "Mul", [log, self._constant(factor)])
+        table = quantizer.table()
+        if isinstance(quantizer, Sulq):
+            steps = self._shifted_log_steps(node, quantizer)
+        else:
+            assert isinstance(quantizer, Log2)
+            steps = self._log_steps(node, quantizer)
         rounded = self._add(node, "Round", [steps])
         last = np.float32(len(table) - 1)
         bounds = [self._constant(np.float32(0.0)), self._constant(last)]
@@ -321,6 +323,24 @@ class Lowering:
         )
         self._note_codes(node, codes)
         return self._add(node, "Gather", [self._constant(table.numpy()), codes], axis=0)
+
+    def _log_steps(self, node: ir.Node, quantizer: Log2) -> ir.Value:
+        """Return ``-steps_per_octave log2(x / scale)``."""
+        factor = np.float32(-quantizer.steps_per_octave / np.log(2.0))
+        positive = self._add(node, "Relu", [node.inputs[0]])
+        ratio = self._add(node, "Div", [positive, self._constant(quantizer.scale.numpy())])
+        log = self._add(node, "Log", [ratio])
+        return self._add(node, "Mul", [log, self._constant(factor)])
+
+    def _shifted_log_steps(self, node: ir.Node, quantizer: Sulq) -> ir.Value:
+        """Return ``(log2(x + shift) - low) / D``."""
+        positive = self._add(node, "Relu", [node.inputs[0]])
+        shifted = self._add(node, "Add", [positive, self._constant(quantizer.shift.numpy())])
+        log = self._add(node, "Log", [shifted])
+        factor = quantizer.steps / (quantizer.high - quantizer.low).clamp(min=1e-6)
+        scaled = self._constant((factor / np.log(2.0)).numpy().astype(np.float32))
+        offset = self._constant((quantizer.low * factor).numpy())
+        return self._add(node, "Sub", [self._add(node, "Mul", [log, scaled]), offset])
 
     def _note_codes(self, node: ir.Node, codes: ir.Value) -> None:
         assert codes.name is not None

@@ -88,6 +88,7 @@ PUBLIC = {
         "Calibrate",
         "Fact",
         "Freeze",
+        "Hadamard",
         "IntegerBias",
         "IsVit",
         "Pass",

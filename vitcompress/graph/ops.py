@@ -29,6 +29,8 @@ permute = aten.permute.default
 select = aten.select.int
 slice_ = aten.slice.Tensor
 unsqueeze = aten.unsqueeze.default
+rms_norm = aten.rms_norm.default
+relu = aten.relu.default
 sym_size = aten.sym_size.int
 attention = aten.scaled_dot_product_attention.default
 #: By the number of spatial axes.
@@ -44,6 +46,10 @@ CONV: Collection[Target] = {
 BMM: Collection[Target] = {aten.bmm.default}
 MATMUL: Collection[Target] = {matmul, *BMM}
 LAYER_NORM: Collection[Target] = {aten.layer_norm.default}
+RMS_NORM: Collection[Target] = {rms_norm}
+CAT: Collection[Target] = {aten.cat.default}
+MEAN: Collection[Target] = {aten.mean.dim}
+GELU: Collection[Target] = {aten.gelu.default}
 EINSUM: Collection[Target] = {aten.einsum.default}
 #: ``(addend, left, right)``.
 ADDED_PRODUCT: Collection[Target] = {aten.addmm.default, aten.baddbmm.default}

@@ -165,7 +165,7 @@ def _input_role(reader: fx.Node, cores: set[fx.Node], heads: set[fx.Node]) -> Ro
     source = producer(node_argument(reader, 0))
     if source.op == "placeholder":
         return Role.PATCH_INPUT
-    if is_op(source, ops.LAYER_NORM):
+    if is_op(source, ops.LAYER_NORM, ops.RMS_NORM):
         return Role.NORM_OUTPUT
     if _is_activated(source):
         return Role.ACT_OUTPUT

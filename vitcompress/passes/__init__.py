@@ -4,6 +4,7 @@ from vitcompress.passes.attach import Attach
 from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
 from vitcompress.passes.calibrate import Calibrate
 from vitcompress.passes.freeze import Freeze
+from vitcompress.passes.hadamard import Hadamard
 from vitcompress.passes.integer_bias import IntegerBias
 from vitcompress.passes.is_vit import IsVit
 from vitcompress.passes.reconstruct import Reconstruct
@@ -16,6 +17,7 @@ __all__ = [
     "Calibrate",
     "Fact",
     "Freeze",
+    "Hadamard",
     "IntegerBias",
     "IsVit",
     "Pass",

@@ -91,6 +91,7 @@ PUBLIC = {
         "Hadamard",
         "IntegerBias",
         "IsVit",
+        "MlpReconstruction",
         "Pass",
         "PassContext",
         "PassReport",

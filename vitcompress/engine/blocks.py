@@ -20,7 +20,7 @@ from vitcompress.graph import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import info
 from vitcompress.graph.partition import BlockProgram, batch_factor, chain, extract_block
-from vitcompress.graph.patterns import Block, blocks
+from vitcompress.graph.patterns import Block
 from vitcompress.passes.base import quantizers_of
 from vitcompress.passes.blocks import (
     BlockOutcome,
@@ -67,6 +67,7 @@ class BlockWalk:
         settings: How data are kept.
         seed: Of all that is random; each block derives its own.
         checkpoint: Where finished blocks are kept, if anywhere.
+        units: The blocks of a graph; what lies between them counts where it is quantized.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class BlockWalk:
         settings: BlockSettings,
         seed: int,
         checkpoint: StageCheckpoint | None,
+        units: Callable[[CapturedGraph], Sequence[Block]],
     ) -> None:
-        self.quantized = _Side(graph, chain(graph, blocks(graph)), {})
-        self.float = _Side(teacher, chain(teacher, blocks(teacher)), {})
+        self.quantized = _Side(graph, chain(graph, units(graph)), {})
+        self.float = _Side(teacher, chain(teacher, units(teacher)), {})
+        self._units = {block.path for block in units(graph)}
         _check_alike(self.quantized, self.float)
         self.settings = settings
         self.seed = seed
@@ -115,7 +118,7 @@ class BlockWalk:
         program = extract_block(self.quantized.graph, block)
         float_program = extract_block(self.float.graph, float_block)
         outputs = self._computed(float_program, self.float.values)
-        record = BlockRecord(path=block.path, skipped=_reason_against(program, block))
+        record = BlockRecord(path=block.path, skipped=self._reason_against(program, block))
         if not record.skipped:
             started = time.perf_counter()
             outcome = self.checkpoint.read(index) if self.checkpoint else None
@@ -174,6 +177,14 @@ class BlockWalk:
             new_rows=lambda shape: self._store.room(shape, torch.float32),
             progress=progress,
         )
+
+    def _reason_against(self, program: BlockProgram, block: Block) -> str:
+        quantized = any(is_quantizer(node) for node in block.nodes)
+        if not quantized and block.path not in self._units:
+            return "nothing in it is quantized"
+        if len(program.outputs) != 1:
+            return f"{len(program.outputs)} values leave it at once"
+        return ""
 
     # Values
 
@@ -238,14 +249,6 @@ def _check_alike(quantized: _Side, teacher: _Side) -> None:
         raise PassError(
             f"{len(quantized.chain)} blocks, but the float network has {len(teacher.chain)}"
         )
-
-
-def _reason_against(program: BlockProgram, block: Block) -> str:
-    if not any(is_quantizer(node) for node in block.nodes):
-        return "nothing in it is quantized"
-    if len(program.outputs) != 1:
-        return f"{len(program.outputs)} values leave it at once"
-    return ""
 
 
 def _shared_tensors(graph: CapturedGraph, block: Block) -> frozenset[str]:

@@ -12,6 +12,7 @@ from vitcompress.calibration.observers import Observer
 from vitcompress.engine.blocks import BlockWalk
 from vitcompress.engine.checkpoint import Checkpoint
 from vitcompress.graph import CapturedGraph, enumerate_sites
+from vitcompress.graph.patterns import Block, blocks
 from vitcompress.passes.blocks import (
     BlockOutcome,
     BlockRecord,
@@ -84,10 +85,12 @@ class LocalEngine:
         inputs: Inputs,
         settings: BlockSettings,
         seed: int,
+        units: Callable[[CapturedGraph], Sequence[Block]] = blocks,
     ) -> list[BlockRecord]:
         """Reconstruct the graph block by block, in network order."""
         stage = None if self._checkpoint is None else self._checkpoint.stage()
-        return BlockWalk(graph, teacher, settings, seed, stage).run(source, inputs, fit)
+        blockwise = BlockWalk(graph, teacher, settings, seed, stage, units)
+        return blockwise.run(source, inputs, fit)
 
 
 def _updater(observers: list[Observer]) -> Callable[[Tensor], None]:

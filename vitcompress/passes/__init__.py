@@ -7,6 +7,7 @@ from vitcompress.passes.freeze import Freeze
 from vitcompress.passes.hadamard import Hadamard
 from vitcompress.passes.integer_bias import IntegerBias
 from vitcompress.passes.is_vit import IsVit
+from vitcompress.passes.mlp_reconstruction import MlpReconstruction
 from vitcompress.passes.reconstruct import Reconstruct
 from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
@@ -20,6 +21,7 @@ __all__ = [
     "Hadamard",
     "IntegerBias",
     "IsVit",
+    "MlpReconstruction",
     "Pass",
     "PassContext",
     "PassReport",

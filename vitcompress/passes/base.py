@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
 from vitcompress.graph import CapturedGraph
+from vitcompress.graph.patterns import Block, blocks
 from vitcompress.passes.blocks import (
     BlockOutcome,
     BlockRecord,
@@ -91,6 +92,7 @@ class Engine(Protocol):
         inputs: Inputs,
         settings: BlockSettings,
         seed: int,
+        units: Callable[[CapturedGraph], Sequence[Block]] = blocks,
     ) -> list[BlockRecord]:
         """Reconstruct a graph block by block, in network order.
 
@@ -103,6 +105,7 @@ class Engine(Protocol):
                 blocks in front as they were left.
             settings: How data are kept.
             seed: Of all that is random.
+            units: The blocks of a graph; what lies between them counts where it is quantized.
 
         Returns:
             One record for each block: its figures, or why it was left alone.

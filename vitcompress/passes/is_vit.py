@@ -24,9 +24,9 @@ from vitcompress.passes.base import Fact, PassContext, PassReport, quantizers_of
 from vitcompress.passes.blocks import BlockOutcome, BlockSettings, BlockTask, Inputs
 from vitcompress.passes.calibrate import Calibrate, CalibrateConfig
 from vitcompress.passes.losses import AnswersLoss, MeanSquaredError
-from vitcompress.passes.reconstruct import Training, block_report, train
 from vitcompress.passes.repq_vit import RepqVit, RepqVitConfig
 from vitcompress.passes.trainable import TrainableBlock, WeightMode
+from vitcompress.passes.training import Training, block_report, train
 from vitcompress.quantizers import Quantizer
 
 __all__ = ["IsVit", "IsVitConfig"]
@@ -143,10 +143,6 @@ class IsVit:
 
         def fit(task: BlockTask) -> BlockOutcome:
             block = TrainableBlock(task, weights=weights, scales=False)
-            if not block.quantizes():
-                return BlockOutcome(
-                    details={"untrained": {task.path: "quantizes nothing yet"}}
-                )
             loss = AnswersLoss() if task.is_last else MeanSquaredError()
             return block.outcome(train(block, task, loss, training))
 

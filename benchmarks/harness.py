@@ -39,13 +39,15 @@ def load_asset(name: str) -> LoadedModel:
     )
 
 
-def calibration(loaded: LoadedModel, *, seed: int, samples: int = 32) -> calib.Source:
+def calibration(
+    loaded: LoadedModel, *, seed: int, samples: int = 32, batch_size: int | None = None
+) -> calib.Source:
     """Return the calibration images of a seed, as the assets' README defines them."""
     return calib.open_source(
         ASSETS / "images" / "train",
         samples=samples,
         seed=seed,
-        batch_size=samples,
+        batch_size=batch_size or samples,
         preprocessing=loaded.preprocessing,
     )
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import nn
 
 from vitcompress import api
 from vitcompress.api import CompressedModel
 from vitcompress.calibration import CalibrationSource
 from vitcompress.graph import CapturedGraph
+from vitcompress.recipe import available_recipes
 
 #: The tiny model as the command line is told of it: a factory of plain PyTorch.
 TINY = ("tiny:tiny_vit", "--image-size", "32")
@@ -25,6 +27,12 @@ def quantized(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "capture", lambda *_, **__: graph)
         return api.quantize(nn.Identity(), source=source, **settings)
+
+
+def one_step(recipe: str) -> list[str]:
+    """Return overrides under which a recipe that trains takes a single step."""
+    passes = yaml.safe_load(available_recipes()[recipe].read_text())["passes"]
+    return [f"passes.{i}.iterations=1" for i, step in enumerate(passes) if "iterations" in step]
 
 
 def edit_json(folder: Path, name: str, edit: Callable[[Any], None]) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from finished import quantized
+from finished import one_step, quantized
 from safetensors.torch import load_file
 from tiny import images, make_source
 from zoo import zoo_graph, zoo_images
@@ -20,12 +20,18 @@ SCHEMES = ("W8A8", "W4A4", "W3A3", "W2A8")
 
 @pytest.fixture(
     scope="module",
-    params=[(recipe, scheme) for recipe in available_recipes() for scheme in SCHEMES],
+    params=[
+        (recipe, scheme)
+        for recipe in available_recipes()
+        # Training makes values of no other kind at other widths.
+        for scheme in (SCHEMES[1:2] if one_step(recipe) else SCHEMES)
+    ],
     ids="-".join,
 )
 def saved(request, vit_graph, source, tmp_path_factory):
     recipe, scheme = request.param
-    model = quantized(vit_graph, source, recipe=recipe, scheme=scheme)
+    overrides = one_step(recipe)
+    model = quantized(vit_graph, source, recipe=recipe, scheme=scheme, overrides=overrides)
     folder = tmp_path_factory.mktemp("saved") / "artefact"
     model.save(folder)
     return model, folder

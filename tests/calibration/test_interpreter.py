@@ -111,6 +111,19 @@ def test_walk_shows_what_the_plain_forward_computes(quantized):
             assert torch.equal(found, expected)
 
 
+def test_a_walk_shows_other_values_to_taps(quantized, vit_graph):
+    batches, seen = images(8).split(4), []
+    value = enumerate_sites(quantized)["blocks.1.attn:value"].value
+
+    walk(quantized, batches, lambda node, values: None, {value: seen.append})
+
+    tapped = []
+    for batch in batches:
+        run(quantized, batch, taps={value: tapped.append})
+    assert len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], tapped, strict=True))
+
+
 def test_a_walk_meets_a_quantizer_that_nobody_set(graph):
     attached(graph, "blocks.0.fc1:input")
 

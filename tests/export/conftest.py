@@ -4,7 +4,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from finished import quantized
+from finished import one_step, quantized
 from tiny import images
 
 from vitcompress.export.onnx import exporter
@@ -14,7 +14,9 @@ from vitcompress.export.onnx import exporter
 def models(vit_graph, source):
     """Return the finished tiny model of a recipe and a scheme."""
     return cache(
-        lambda recipe, scheme: quantized(vit_graph, source, recipe=recipe, scheme=scheme)
+        lambda recipe, scheme: quantized(
+            vit_graph, source, recipe=recipe, scheme=scheme, overrides=one_step(recipe)
+        )
     )
 
 

@@ -1,13 +1,15 @@
 """Tasks of a block walk without the walk."""
 
-from tiny import images, make_source
+from tiny import make_source, smooth_images
 
 from vitcompress.engine.blocks import BlockWalk
 from vitcompress.graph.patterns import blocks
 from vitcompress.passes.blocks import BlockOutcome, BlockSettings
 
 
-def tasks_of(graph, teacher, use, *, count=12, inputs="both", held_out=0.25, batch_size=4):
+def tasks_of(
+    graph, teacher, use, *, count=12, inputs="both", held_out=0.25, batch_size=4, seed=7
+):
     """Call ``use`` with each task of a walk; return what it returned, by path.
 
     Tasks are only valid during the walk, so what needs one runs inside ``use``. Outcomes that
@@ -24,9 +26,9 @@ def tasks_of(graph, teacher, use, *, count=12, inputs="both", held_out=0.25, bat
         graph,
         teacher,
         BlockSettings(device="cpu", held_out=held_out, batch_size=batch_size),
-        7,
+        seed,
         None,
         blocks,
     )
-    walk.run(make_source(images(count, seed=11), batch_size=4), inputs, fit)
+    walk.run(make_source(smooth_images(count, seed=11), batch_size=4), inputs, fit)
     return found

@@ -10,6 +10,7 @@ from vitcompress.passes import Attach, Calibrate
 from vitcompress.passes.attach import AttachConfig, AttachRule
 from vitcompress.passes.base import Fact, holds
 from vitcompress.passes.calibrate import CalibrateConfig
+from vitcompress.quantizers import Sulq
 
 FLOAT_ROLES = [role for role in Role if role is not Role.WEIGHT]
 
@@ -212,3 +213,37 @@ def test_the_whole_pass_runs_through_the_engine(vit_graph, source):
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(ConfigError, match=name):
         CalibrateConfig(**{name: 0})
+
+
+def test_only_the_first_images_are_looked_at_where_fewer_are_asked_for(vit_graph):
+    x = images(8)
+    x[2:] *= 10.0
+    rules = [{"roles": ["patch_input"], "bits": 8}]
+    step = {"pass": "calibrate", "method": "minmax", "sequential": True}
+
+    def scale(**settings):
+        steps = [{"pass": "attach", "rules": rules}, {**step, **settings}]
+        graph = run_steps(steps, vit_graph, make_source(x))[0]
+        return next(iter(graph.quantizers().values())).scale.item()
+
+    assert scale(images=2) == pytest.approx(scale() / 10.0, rel=0.3)
+
+
+@pytest.mark.parametrize("settings", [{"images": 0, "sequential": True}, {"images": 4}])
+def test_a_number_of_images_is_for_the_sequential_form(settings):
+    with pytest.raises(ConfigError, match="images: expected at least 1, with sequential"):
+        CalibrateConfig(**settings)
+
+
+def test_a_shifted_logarithm_is_searched_in_parallel_too(vit_graph, source):
+    steps = [
+        {"pass": "attach", "rules": [{"roles": ["probs"], "bits": 4, "format": "sulq"}]},
+        {"pass": "calibrate"},
+    ]
+
+    graph = run_steps(steps, vit_graph, source)[0]
+
+    for quantizer in graph.quantizers().values():
+        assert isinstance(quantizer, Sulq)
+        assert quantizer.calibrated
+        assert quantizer.high > quantizer.low

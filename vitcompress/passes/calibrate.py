@@ -121,7 +121,7 @@ class Calibrate:
     ) -> Callable[[], Histogram | Samples]:
         if self._uses_histogram(quantizer):
             return Histogram
-        axis, rows = _rows_of_an_image(site)
+        axis, rows = _rows_of_an_image(site.value)
         return lambda: Samples(self.config.sample_images * rows, axis=axis)
 
     def _uses_histogram(self, quantizer: Quantizer) -> bool:
@@ -159,7 +159,7 @@ class Calibrate:
         def visit(node: fx.Node, values: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
-                axis, _ = _rows_of_an_image(site)
+                axis, _ = _rows_of_an_image(site.value)
                 stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
                 if isinstance(quantizer, Sulq):
                     quantizer.search(stacked, self._product(site, operands))
@@ -179,7 +179,7 @@ class Calibrate:
         node = _other_operand(site)
         if node not in operands:
             raise PassError(f"{site.name}: what it is multiplied with is computed after it")
-        other = torch.cat(operands.pop(node))
+        other = torch.cat(operands.pop(node), dim=_rows_of_an_image(node)[0])
         if site.index == 0:
             return lambda probs: probs @ other
         return lambda probs: other @ probs
@@ -215,9 +215,9 @@ class Calibrate:
         quantizer.set_range(low, high)
 
 
-def _rows_of_an_image(site: QuantizationSite) -> tuple[int, int]:
+def _rows_of_an_image(value: fx.Node) -> tuple[int, int]:
     """Return the axis that grows with the batch, and by how much: windows may share it."""
-    for axis, extent in enumerate(info(site.value).shape):
+    for axis, extent in enumerate(info(value).shape):
         match = re.fullmatch(r"(?:(\d+)\*)?B", str(extent))
         if match is not None:
             return axis, int(match[1] or 1)

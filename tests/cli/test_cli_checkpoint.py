@@ -1,0 +1,71 @@
+"""A reconstruction that is killed and started again through the command line."""
+
+import json
+
+import pytest
+from finished import TINY
+
+from vitcompress import api
+from vitcompress.engine.checkpoint import StageCheckpoint
+
+
+@pytest.fixture
+def captured(monkeypatch, vit_graph):
+    """Spare a test the capture of the tiny model."""
+    monkeypatch.setattr(api, "capture", lambda *_, **__: vit_graph)
+
+
+SETTINGS = (
+    *("--recipe", "reconstruct", "--scheme", "W3A4", "--samples", 8),
+    *("--set", "passes.3.iterations=3", "--set", "passes.3.device=cpu"),
+)
+
+
+def contents(folder):
+    """Return every file of an artefact, without the times in them."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest, report = (json.loads(found.pop(name)) for name in ("manifest.json", "report.json"))
+    assert manifest
+    for entry in report["passes"]:
+        for key in ("seconds", "peak_memory_bytes"):
+            entry.pop(key)
+        for block in entry["details"].get("blocks", {}).values():
+            block.pop("seconds")
+    report.pop("stages")
+    for entry in report["evaluations"]:
+        entry.pop("seconds")
+    return found, report
+
+
+def test_a_killed_run_started_again_writes_the_same_artefact(
+    vitcompress, captured, monkeypatch, tmp_path
+):
+    write, written = StageCheckpoint.write, []
+
+    def killed(self, block, outcome):
+        write(self, block, outcome)
+        written.append(block)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    arguments = ("quantize", *TINY, *SETTINGS)
+    whole = vitcompress(*arguments, "-o", "whole")
+    monkeypatch.setattr(StageCheckpoint, "write", killed)
+    first = vitcompress(*arguments, "--checkpoint", "kept", "-o", "resumed")
+    left = (tmp_path / "resumed").exists()
+    second = vitcompress(*arguments, "--checkpoint", "kept", "-o", "resumed")
+
+    assert (whole.code, first.code != 0, left, second.code) == (0, True, False, 0)
+    assert written == [0, 1, 2, 3]
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_the_checkpoint_of_another_run_is_refused(vitcompress, captured, tmp_path):
+    arguments = ("quantize", *TINY, *SETTINGS, "--checkpoint", "kept")
+    assert vitcompress(*arguments, "-o", "first").code == 0
+
+    found = vitcompress(*arguments, "--set", "passes.3.iterations=2", "-o", "second")
+
+    assert found.code == 2
+    assert "kept: is the checkpoint of another run: its recipe differs" in found.err
+    assert not (tmp_path / "second").exists()

@@ -1,7 +1,7 @@
 """How much memory and time does block reconstruction take, and does memory grow with depth?
 
-Networks of several depths are cut from one real model: its first blocks and its head. Left out:
-accuracy, which `bench_accuracy.py` measures.
+Networks of several depths are cut from one real model: its first blocks and its head. Left
+out: accuracy, which `bench_accuracy.py` measures.
 
     python benchmarks/bench_reconstruction.py --depths 4,8,12 --samples 1000 --iterations 20
 """

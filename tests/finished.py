@@ -32,7 +32,9 @@ def quantized(
 def one_step(recipe: str) -> list[str]:
     """Return overrides under which a recipe that trains takes a single step."""
     passes = yaml.safe_load(available_recipes()[recipe].read_text())["passes"]
-    return [f"passes.{i}.iterations=1" for i, step in enumerate(passes) if "iterations" in step]
+    return [
+        f"passes.{i}.iterations=1" for i, step in enumerate(passes) if "iterations" in step
+    ]
 
 
 def edit_json(folder: Path, name: str, edit: Callable[[Any], None]) -> None:

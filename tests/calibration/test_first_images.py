@@ -7,7 +7,9 @@ from tiny import images, make_source
 from vitcompress.calibration import FirstImages
 
 
-@pytest.mark.parametrize(("count", "batches"), [(4, [4]), (6, [4, 2]), (1, [1]), (99, [4, 4, 2])])
+@pytest.mark.parametrize(
+    ("count", "batches"), [(4, [4]), (6, [4, 2]), (1, [1]), (99, [4, 4, 2])]
+)
 def test_as_many_images_as_asked_come_in_the_order_of_the_source(count, batches):
     x = images(10)
     source = FirstImages(make_source(x, torch.arange(10)), count)

@@ -24,7 +24,9 @@ SETTINGS = (
 def contents(folder):
     """Return every file of an artefact, without the times in them."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    manifest, report = (json.loads(found.pop(name)) for name in ("manifest.json", "report.json"))
+    manifest, report = (
+        json.loads(found.pop(name)) for name in ("manifest.json", "report.json")
+    )
     assert manifest
     for entry in report["passes"]:
         for key in ("seconds", "peak_memory_bytes"):

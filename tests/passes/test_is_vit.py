@@ -163,9 +163,7 @@ def test_norms_change_in_the_second_stage_alone(tuned):
     assert equal(third["norms before"], third["norms after"]) == set(first["norms before"])
     unchanged = equal(first["norms after"], third["norms before"])
     assert unchanged == {"norm.weight", "norm.bias"}
-    assert report.details["folded"] == [
-        f"blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2)
-    ]
+    assert report.details["folded"] == [f"blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2)]
 
 
 # Item 6: the second stage is lossless
@@ -175,9 +173,7 @@ def stage_one(vit_graph, many):
     """Return the tiny ViT with activations calibrated by channel, weights in float."""
     graph = run_steps([ATTACH], vit_graph, many, "W3A4")[0]
     with float_weights(graph):
-        run_pass(
-            Calibrate(CalibrateConfig(method="percentile", sequential=True)), graph, many
-        )
+        run_pass(Calibrate(CalibrateConfig(method="percentile", sequential=True)), graph, many)
     return graph
 
 

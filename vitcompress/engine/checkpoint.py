@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vitcompress.artifact.files import write_file
@@ -135,6 +135,10 @@ class StageCheckpoint:
 
     def _path(self, block: int) -> Path:
         return self._folder / f"{self._number:02d}-{block:03d}.safetensors"
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -131,7 +131,8 @@ class StageCheckpoint:
             content.update({f"quantizer/{target}/{n}": p for n, p in parameters.items()})
         content = {key: value.cpu().contiguous().clone() for key, value in content.items()}
         header = {"details": json.dumps(outcome.details)}
-        write_file(self._path(block), lambda draft: save_file(content, draft, metadata=header))
+        stored = save(content, metadata=header)
+        write_file(self._path(block), lambda draft: _write_bytes(draft, stored))
 
     def _path(self, block: int) -> Path:
         return self._folder / f"{self._number:02d}-{block:03d}.safetensors"

@@ -153,6 +153,39 @@ def test_the_last_images_are_held_out(quantized, vit_graph):
     assert torch.cat(held_out).tolist() == [6, 7, 8, 9]
 
 
+def test_images_that_a_source_leaves_out_are_not_missed(quantized, vit_graph):
+    class Short:
+        batch_size = 4
+
+        def __init__(self):
+            self.images = make_source(images(6, seed=4), batch_size=4)
+
+        def __iter__(self):
+            return iter(self.images)
+
+        def __len__(self):
+            return 9
+
+    seen = []
+
+    def fit(task):
+        seen.append((task.training, task.images))
+        assert torch.isfinite(task.targets.take(torch.arange(6))).all()
+        return BlockOutcome()
+
+    LocalEngine().map_blocks(
+        quantized.clone(),
+        vit_graph,
+        Short(),
+        fit,
+        inputs="both",
+        settings=BlockSettings(device="cpu", held_out=0.5),
+        seed=0,
+    )
+
+    assert seen == [(3, 6)] * 4
+
+
 def test_each_block_draws_from_a_generator_of_its_own(quantized, vit_graph):
     draws = []
 

@@ -99,14 +99,16 @@ class BlockWalk:
         Raises:
             PassError: There are too few images.
         """
-        count = len(source)
-        held_out = round(count * self.settings.held_out)
-        if count - held_out < 1:
-            raise PassError(f"{count} images, {held_out} held out: none is left to train on")
         limit = self.settings.cache_memory_mb * 2**20
-        with RowStore(count, limit, self.settings.cache_half, self.device) as store:
-            self._store, self._images, self._training = store, count, count - held_out
+        with RowStore(len(source), limit, self.settings.cache_half, self.device) as store:
+            self._store = store
             images = self._recorded_images(source)
+            held_out = round(store.images * self.settings.held_out)
+            self._training = store.images - held_out
+            if self._training < 1:
+                raise PassError(
+                    f"{store.images} images, {held_out} held out: none is left to train on"
+                )
             self.float.values = {self.float.graph.input_node: images}
             self.quantized.values = {self.quantized.graph.input_node: images}
             return [self._visit(index, inputs, fit) for index in range(len(self.float.chain))]
@@ -167,7 +169,7 @@ class BlockWalk:
             float_inputs=() if inputs == "quantized" else values(self.float, float_program),
             targets=outputs[float_program.outputs[0]],
             training=self._training,
-            images=self._images,
+            images=self._store.images,
             batch_size=self.settings.batch_size,
             is_last=index == len(self.quantized.chain) - 1,
             shared=_shared_tensors(self.quantized.graph, self.quantized.chain[index]),
@@ -197,6 +199,8 @@ class BlockWalk:
             rows.put(torch.arange(first, first + len(batch.images)), batch.images)
             first += len(batch.images)
         assert rows is not None
+        # A source leaves out files that it cannot read, and learns of them on the way.
+        self._store.images = first
         return rows
 
     @torch.no_grad()
@@ -204,7 +208,7 @@ class BlockWalk:
         """Run a block on all images and return the values behind it."""
         module = program.module.to(self.device)
         found: _Values = {}
-        for images in numbered(self._images, self.settings.batch_size):
+        for images in numbered(self._store.images, self.settings.batch_size):
             results = module(*(known[node].take(images) for node in program.inputs))
             for node, value in zip(program.outputs, results, strict=True):
                 if node not in found:

@@ -74,12 +74,15 @@ class RowStore:
         memory_bytes: Most memory; what goes beyond is mapped from temporary files.
         half: Keep floats in half precision.
         device: Where batches are wanted.
+
+    Attributes:
+        images: Number of images for which there is to be room from now on.
     """
 
     def __init__(
         self, images: int, memory_bytes: int, half: bool, device: torch.device
     ) -> None:
-        self._images = images
+        self.images = images
         self._memory_bytes = memory_bytes
         self._half = half
         self._device = device
@@ -114,7 +117,7 @@ class RowStore:
                 batch; 0 if it has one and batches get an axis of their own.
         """
         dtype = torch.float16 if self._half and dtype.is_floating_point else dtype
-        whole = (self._images, *((parts,) if parts else ()), *shape)
+        whole = (self.images, *((parts,) if parts else ()), *shape)
         count = math.prod(whole)
         path = None
         if self.memory_bytes + count * dtype.itemsize <= self._memory_bytes:

@@ -189,6 +189,16 @@ def test_scales_and_biases_can_be_trained_alone(vit_graph, quantized, many):
     assert graph.quantizers()[scale].scale != quantized.quantizers()[scale].scale
 
 
+def test_norms_are_trained_where_they_have_a_rate(vit_graph, quantized, many):
+    name = "blocks.0.norm1.weight"
+    fixed, _ = reconstructed(vit_graph, many, iterations=5)
+    trained, _ = reconstructed(vit_graph, many, iterations=5, norm_rate=1e-3)
+
+    assert torch.equal(fixed.parameter(name), quantized.parameter(name))
+    difference = (trained.parameter(name) - quantized.parameter(name)).abs()
+    assert 1e-4 < difference.max() < 6e-3
+
+
 def test_a_block_with_nothing_to_train_is_reported(vit_graph, many):
     rules = [{"sites": ["blocks.0.attn:query"], "bits": 4}]
     steps = [{"pass": "attach", "rules": rules}, CALIBRATE]
@@ -245,6 +255,7 @@ def test_only_the_inputs_that_are_used_are_asked_for(share, inputs):
         ("loss", "l1"),
         ("iterations", 0),
         ("weight_rate", -1.0),
+        ("norm_rate", -1.0),
         ("scale_rate", float("inf")),
         ("warm_up", 1.5),
         ("quantized_input", 0.0),

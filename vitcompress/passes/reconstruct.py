@@ -38,6 +38,8 @@ class ReconstructConfig(BlockSettings):
         iterations: Steps for each block.
         weight_rate: Learning rate of weights or roundings.
         bias_rate: Of biases.
+        norm_rate: Of weights and biases of LayerNorms, which decide behind a fold how the
+            codes of an activation are shared among its channels; 0 as published.
         scale_rate: Of the logarithms of scales.
         penalty: Weight of the penalty that drives roundings to a decision.
         warm_up: Share of the steps before that penalty sets in.
@@ -51,6 +53,7 @@ class ReconstructConfig(BlockSettings):
     iterations: int = 20_000
     weight_rate: float = 1e-3
     bias_rate: float = 1e-4
+    norm_rate: float = 0.0
     scale_rate: float = 4e-4
     penalty: float = 0.01
     warm_up: float = 0.2
@@ -75,6 +78,7 @@ class ReconstructConfig(BlockSettings):
             iterations=self.iterations,
             weight_rate=self.weight_rate,
             bias_rate=self.bias_rate,
+            norm_rate=self.norm_rate,
             scale_rate=self.scale_rate,
             penalty=self.penalty,
             warm_up=self.warm_up,

@@ -236,6 +236,7 @@ class TrainableBlock(nn.Module):
         self._shared = task.shared
         self._weights: dict[str, nn.Parameter] = {}
         self._biases: dict[str, nn.Parameter] = {}
+        self._norms: dict[str, nn.Parameter] = {}
         self._rounded: dict[str, SoftRounding] = {}
         self._scaled: dict[str, _LearnedScale] = {}
         for node in self.module.graph.nodes:
@@ -248,6 +249,9 @@ class TrainableBlock(nn.Module):
                 if weights != "adaround":
                     self._train(node.args[1], self._weights)
                 self._train(node.args[2] if len(node.args) > 2 else None, self._biases)
+            elif is_op(node, ops.LAYER_NORM):
+                for tensor in node.args[2:4]:
+                    self._train(tensor, self._norms)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the output of the block as it is trained."""
@@ -295,6 +299,11 @@ class TrainableBlock(nn.Module):
         return list(self._biases.values())
 
     @property
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Weights and biases of LayerNorms."""
+        return list(self._norms.values())
+
+    @property
     def scale_parameters(self) -> list[nn.Parameter]:
         """Logarithms of scales."""
         return [s.log_ratio for s in self._scaled.values() if s.log_ratio.requires_grad]
@@ -314,8 +323,8 @@ class TrainableBlock(nn.Module):
     @torch.no_grad()
     def outcome(self, details: dict[str, Any]) -> BlockOutcome:
         """Return what training has made of the block."""
-        tensors = {name: p.detach().clone() for name, p in self._weights.items()}
-        tensors.update({name: p.detach().clone() for name, p in self._biases.items()})
+        stored = {**self._weights, **self._biases, **self._norms}
+        tensors = {name: p.detach().clone() for name, p in stored.items()}
         tensors.update({name: r.hardened() for name, r in self._rounded.items()})
         quantizers = {
             target: {"scale": s.scale.clone(), "zero_point": s.quantizer.zero_point.clone()}

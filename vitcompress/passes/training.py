@@ -39,6 +39,7 @@ class Training:
         iterations: Steps.
         weight_rate: Learning rate of weights, or of their roundings.
         bias_rate: Of biases.
+        norm_rate: Of weights and biases of LayerNorms; 0 leaves them as they are.
         scale_rate: Of the logarithms of scales; 0 leaves scales as they are.
         penalty: Weight of the penalty that drives roundings to a decision (lambda).
         warm_up: Share of the steps before that penalty sets in.
@@ -49,6 +50,7 @@ class Training:
     iterations: int
     weight_rate: float
     bias_rate: float
+    norm_rate: float = 0.0
     scale_rate: float = 0.0
     penalty: float = 0.0
     warm_up: float = 0.2
@@ -57,7 +59,7 @@ class Training:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ConfigError(f"iterations: expected at least 1, got {self.iterations}")
-        for name in ("weight_rate", "bias_rate", "scale_rate", "penalty"):
+        for name in ("weight_rate", "bias_rate", "norm_rate", "scale_rate", "penalty"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("warm_up", "quantized_input"):
@@ -167,6 +169,7 @@ def train(
         Group(block.rounding_parameters, training.weight_rate, steady=True),
         Group(block.weight_parameters, training.weight_rate),
         Group(block.bias_parameters, training.bias_rate),
+        Group(block.norm_parameters, training.norm_rate),
         Group(block.scale_parameters, training.scale_rate),
     ]
     if not block.quantizes() or not any(g.parameters and g.rate > 0.0 for g in groups):

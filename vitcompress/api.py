@@ -98,6 +98,7 @@ class CompressedModel:
         path: str | Path,
         *,
         target: str = "ort-cpu",
+        batch: int | None = None,
         images: Tensor | None = None,
         overwrite: bool = True,
     ) -> ExportResult:
@@ -106,6 +107,7 @@ class CompressedModel:
         Args:
             path: File to write.
             target: ``ort-cpu`` or ``generic``.
+            batch: Images in one inference; any number by default.
             images: Preprocessed images for the comparison; rendered ones by default.
             overwrite: Replace an existing file.
 
@@ -126,7 +128,9 @@ class CompressedModel:
 
         def write(draft: Path) -> None:
             results.append(
-                write_onnx(self.graph, draft, images, target=target, metadata=metadata)
+                write_onnx(
+                    self.graph, draft, images, target=target, batch=batch, metadata=metadata
+                )
             )
 
         write_file(Path(path), write, overwrite=overwrite)

@@ -143,6 +143,8 @@ class ExportEntry(_Entry):
     max_difference: float
     fused_attention: int = 0
     unfused_attention: dict[str, str] = {}
+    rewrites: dict[str, int] = {}
+    batch: int | None = None
 
     @classmethod
     def of(cls, result: ExportResult) -> "ExportEntry":
@@ -156,6 +158,8 @@ class ExportEntry(_Entry):
             execution="executed" if complete else "simulated",
             fused_attention=result.fused_attention,
             unfused_attention=dict(result.unfused_attention),
+            rewrites=dict(result.rewrites),
+            batch=result.batch,
             **{name: getattr(found, name) for name in found.__dataclass_fields__},
         )
 

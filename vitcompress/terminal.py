@@ -172,6 +172,7 @@ def print_export(console: Console, entry: ExportEntry) -> None:
     """Print what onnxruntime made of an exported file."""
     console.print(
         f"{entry.target}: {entry.size_bytes / 1e6:.2f} MB, opset {entry.opset}, "
+        f"{'any batch' if entry.batch is None else f'batch {entry.batch}'}, "
         f"{entry.execution} in {entry.runtime}; integer linears "
         f"[bold]{entry.integer_linears} of {entry.linears}[/bold]; agrees on "
         f"{entry.top1_agreement_percent:.1f} % of {entry.images} images, "
@@ -182,6 +183,9 @@ def print_export(console: Console, entry: ExportEntry) -> None:
     if entry.fused_attention or entry.unfused_attention:
         cores = entry.fused_attention + len(entry.unfused_attention)
         console.print(f"attention: {entry.fused_attention} of {cores} cores fused")
+    done = ", ".join(f"{name} {count}" for name, count in entry.rewrites.items() if count)
+    if done:
+        console.print(f"rewritten: {done}")
     for name, reason in list(entry.unfused_attention.items())[:10]:
         console.print(f"  not fused: {escape(name)}: {escape(reason)}")
 

@@ -28,6 +28,9 @@ def export(
     artefact: Annotated[Path, typer.Argument(help="Artefact directory")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")],
     target: Annotated[str, typer.Option(help=" | ".join(TARGETS))] = "ort-cpu",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in one inference; any number by default")
+    ] = None,
     calib_: Annotated[
         str | None,
         typer.Option("--calib", help="Images to verify on; rendered ones by default"),
@@ -46,7 +49,9 @@ def export(
             preprocessing=compressed.preprocessing,
         )
         images = next(iter(source)).images
-    compressed.export_onnx(output, target=target, images=images, overwrite=overwrite)
+    compressed.export_onnx(
+        output, target=target, batch=batch, images=images, overwrite=overwrite
+    )
     entry = compressed.report.exports[-1]
     terminal.print_export(out, entry)
     out.print(f"wrote {escape(str(output))}", soft_wrap=True)

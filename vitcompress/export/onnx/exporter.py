@@ -13,9 +13,11 @@ from vitcompress.errors import ExportError
 from vitcompress.export.onnx.attention import fusable_attentions
 from vitcompress.export.onnx.lowerings import Lowering
 from vitcompress.export.onnx.program import marked_model
+from vitcompress.export.onnx.spelling import fix_batch, quantize_early, sums_in_front_of_norms
 from vitcompress.export.onnx.support import unsupported_sites
 from vitcompress.export.onnx.targets import Target, find_target
 from vitcompress.export.onnx.verify import Verification, verify
+from vitcompress.export.rewrites import rewritten
 from vitcompress.graph import CapturedGraph
 from vitcompress.quantizers import Affine, Quantizer
 
@@ -38,6 +40,8 @@ class ExportResult:
         verification: What onnxruntime made of it.
         fused_attention: Attention cores written as one operator.
         unfused_attention: The others, with the reason.
+        rewrites: How many places each rewrite changed; see ``export.rewrites``.
+        batch: Images in one inference; ``None`` for any number.
     """
 
     target: str
@@ -46,6 +50,8 @@ class ExportResult:
     verification: Verification
     fused_attention: int = 0
     unfused_attention: Mapping[str, str] = field(default_factory=dict)
+    rewrites: Mapping[str, int] = field(default_factory=dict)
+    batch: int | None = None
 
 
 def export_onnx(
@@ -54,6 +60,7 @@ def export_onnx(
     images: Tensor,
     *,
     target: str = "ort-cpu",
+    batch: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ExportResult:
     """Write an ONNX file for a target and verify it in onnxruntime.
@@ -63,25 +70,37 @@ def export_onnx(
         path: File to write; the caller moves it into place.
         images: A few preprocessed images for the comparison, ``[N, C, H, W]``.
         target: ``ort-cpu`` or ``generic``.
+        batch: Images in one inference; any number by default.
         metadata: JSON types, stored in the file.
 
     Raises:
-        ConfigError: The target is unknown.
+        ConfigError: The target is unknown, or the batch is not positive.
         ExportError: A site cannot be written (all are listed), or the file fails verification.
     """
     spelling = find_target(target)
-    quantizers = {t: q for t, q in captured.quantizers().items() if isinstance(q, Quantizer)}
+    quantizers = _quantizers(captured)
     refused = unsupported_sites(quantizers)
     if refused:
         listed = "; ".join(f"{site}: {reason}" for site, reason in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ExportError(f"{len(refused)} sites cannot be written to ONNX: {listed}{more}")
+    rewrites: dict[str, int] = {}
+    if spelling.rewrites:
+        simpler = rewritten(captured)
+        captured, rewrites = simpler.graph, simpler.changed
+        quantizers = _quantizers(captured)
     opset = _opset(spelling, quantizers)
     fuses = spelling.attention == "fused"
     fused, unfused = fusable_attentions(captured) if fuses else ([], {})
     model = marked_model(captured, opset=opset, fuse_attention=fuses)
     lowering = Lowering(model, quantizers, spelling)
     lowering.run()
+    if spelling.linear == "integer":
+        quantize_early(model)
+    if spelling.residual == "sum":
+        sums_in_front_of_norms(model)
+    if batch is not None:
+        fix_batch(model, batch)
     model.producer_name = "vitcompress"
     model.metadata_props[METADATA_KEY] = json.dumps(dict(metadata or {}), sort_keys=True)
     ir.save(model, path)
@@ -100,7 +119,13 @@ def export_onnx(
         verification=verification,
         fused_attention=len(fused),
         unfused_attention=unfused,
+        rewrites=rewrites,
+        batch=batch,
     )
+
+
+def _quantizers(captured: CapturedGraph) -> dict[str, Quantizer]:
+    return {t: q for t, q in captured.quantizers().items() if isinstance(q, Quantizer)}
 
 
 def _opset(target: Target, quantizers: Mapping[str, Quantizer]) -> int:

@@ -1,10 +1,11 @@
 """What the markers become: one function for each number format and for the linear layer.
 
-Facts behind the spellings (measured, see the deployment notes in the documentation): a linear
-runs as integers in onnxruntime only as ``Gemm`` whose inputs all come straight from a
-``DequantizeLinear``, the int32 bias included; INT4 weights only behind a ``Cast`` to INT8,
-which is folded when the session is made; a signed left operand is many times slower than an
-unsigned one, so activations are stored as uint8 whatever their sign.
+Facts behind the spellings (measured): between ``QuantizeLinear`` and ``DequantizeLinear`` a
+linear runs as integers in onnxruntime only as ``Gemm`` with an int32 bias, which needs a
+reshape on both sides; ``MatMulIntegerToFloat`` needs neither. INT4 weights are integers there
+only behind a ``Cast`` to INT8, which is folded when the session is made. A signed left operand
+is many times slower than an unsigned one, so activations are stored as uint8 whatever their
+sign.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class Lowering:
         quantizers: By the target their markers carry.
         target: How to spell.
         not_gemm: Linears that are no integer ``Gemm``, with the reason.
-        gemms: Names of linears written as ``Gemm`` between quantized operands.
+        gemms: Names of linears written as a product of integers.
         codes: Name of the value that holds the codes of each activation quantizer, by target.
     """
 
@@ -52,7 +53,7 @@ class Lowering:
     not_gemm: dict[str, str] = field(default_factory=dict)
     gemms: list[str] = field(default_factory=list)
     codes: dict[str, str] = field(default_factory=dict)
-    _codes: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    _codes: dict[tuple[ir.Value, bool], ir.Value] = field(default_factory=dict)
     _values: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _names: int = 0
 
@@ -61,11 +62,13 @@ class Lowering:
         for kind, lower in (
             ("Attention", self._attention),
             ("Linear", self._linear),
+            ("MatMul", self._product),
             ("Weight", self._weight_marker),
             ("Quantize", self._quantize_marker),
         ):
+            domain = "" if kind == "MatMul" else DOMAIN
             for node in [
-                n for n in self.model.graph if (n.domain, n.op_type) == (DOMAIN, kind)
+                n for n in self.model.graph if (n.domain, n.op_type) == (domain, kind)
             ]:
                 lower(node)
         self._drop_dead_nodes()
@@ -75,16 +78,17 @@ class Lowering:
 
     def _linear(self, node: ir.Node) -> None:
         path = node.attributes["target"].as_string()
-        reason = self._reason_against_gemm(node)
-        if reason is None and self.target.linear == "gemm":
-            result = self._gemm(node, path)
+        reason = self._reason_against_integers(node)
+        if reason is None and self.target.linear != "matmul":
+            write = self._gemm if self.target.linear == "gemm" else self._integer_product
+            result = write(node, path)
             self.gemms.append(path)
         else:
             self.not_gemm[path] = reason or f"target {self.target.name} writes MatMul and Add"
             result = self._matmul(node, path)
         self._replace(node, result)
 
-    def _reason_against_gemm(self, node: ir.Node) -> str | None:
+    def _reason_against_integers(self, node: ir.Node) -> str | None:
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
         assert weight is not None
@@ -101,9 +105,32 @@ class Lowering:
         if isinstance(stored.spec.granularity, PerGroup):
             return f"its weight is quantized as {stored.spec.describe()}"
         shape = x.shape
-        if shape is None or sum(not isinstance(extent, int) for extent in shape) > 1:
+        unknown = 2 if shape is None else sum(not isinstance(extent, int) for extent in shape)
+        if unknown > 1 and self.target.linear == "gemm":
             return "several extents of its input are unknown"
         return None
+
+    def _integer_product(self, node: ir.Node, path: str) -> ir.Value:
+        """Write Q and onnxruntime's product of uint8 and int8 with float output."""
+        x, weight, *bias = node.inputs
+        assert x is not None
+        assert weight is not None
+        quantizer = self._marker_quantizer(x, "Quantize")
+        assert isinstance(quantizer, Affine)
+        producer = x.producer()
+        assert producer is not None
+        codes = self._activation_codes(producer, quantizer)
+        stored, scale, points = self._weight_codes(weight, transposed=True)
+        scales = [self._constant(v) for v in (self._activation_scale(quantizer)[0], scale)]
+        zeros = [self._constant(v) for v in (self._activation_scale(quantizer)[1], points)]
+        self.model.opset_imports[CONTRIB] = 1
+        return self._add(
+            node,
+            "MatMulIntegerToFloat",
+            [codes, stored, *scales, *zeros, *bias],
+            name=path,
+            domain=CONTRIB,
+        )
 
     def _gemm(self, node: ir.Node, path: str) -> ir.Value:
         """Write Q, DQ, Gemm with int32 bias; float output."""
@@ -170,25 +197,57 @@ class Lowering:
             result = self._add(node, "Add", [result, node.inputs[2]])
         return result
 
+    # Products of activations
+
+    def _product(self, node: ir.Node) -> None:
+        """Write a product of two quantized activations as integers, if the target wants it."""
+        if self.target.linear != "integer":
+            return
+        operands = []
+        for value, signed in zip(node.inputs, (False, True), strict=True):
+            assert value is not None
+            quantizer, producer = self._marker_quantizer(value, "Quantize"), value.producer()
+            per_tensor = (
+                isinstance(quantizer, Affine) and type(quantizer.spec.granularity) is PerTensor
+            )
+            if not per_tensor or producer is None:
+                return
+            operands.append((producer, quantizer, signed))
+        codes, scales, zeros = [], [], []
+        for producer, quantizer, signed in operands:
+            assert isinstance(quantizer, Affine)
+            codes.append(self._activation_codes(producer, quantizer, signed=signed))
+            scale, point = self._activation_scale(quantizer, signed=signed)
+            scales.append(scale)
+            zeros.append(self._constant(point))
+        result, factor = self._scaled(node)
+        scales[0] = scales[0] * np.float32(factor)
+        inputs = [*codes, *(self._constant(scale) for scale in scales), *zeros]
+        self.model.opset_imports[CONTRIB] = 1
+        product = self._add(
+            node, "MatMulIntegerToFloat", inputs, name=node.name, domain=CONTRIB
+        )
+        self._replace(result, product)
+
+    def _scaled(self, node: ir.Node) -> tuple[ir.Node, float]:
+        """Return the multiplication by a number behind a product, if nothing else reads it."""
+        readers = _readers(node)
+        if len(readers) != 1 or readers[0].op_type != "Mul":
+            return node, 1.0
+        factors = [v.const_value for v in readers[0].inputs if v is not None and v.const_value]
+        if len(factors) != 1 or factors[0].size != 1:
+            return node, 1.0
+        return readers[0], float(factors[0].numpy().item())
+
     # Attention
 
     def _attention(self, node: ir.Node) -> None:
-        query, key, value, *bias = node.inputs
-        inputs = [query, key, value, None, None, *bias]
-        attributes: dict[str, Any] = {
-            "num_heads": node.attributes["num_heads"].as_int(),
-            "scale": node.attributes["scale"].as_float(),
-        }
+        attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float()}
+        if "num_heads" in node.attributes:
+            for side in ("q", "kv"):
+                attributes[f"{side}_num_heads"] = node.attributes["num_heads"].as_int()
         path = f"{node.attributes['target'].as_string()}:attention"
-        self.model.opset_imports[CONTRIB] = 1
-        result = self._add(
-            node,
-            "MultiHeadAttention",
-            inputs if bias else inputs[:3],
-            name=path,
-            domain=CONTRIB,
-            **attributes,
-        )
+        result = self._add(node, "Attention", node.inputs, name=path, **attributes)
         self._replace(node, result)
 
     # Weights
@@ -201,6 +260,24 @@ class Lowering:
         """Return the float weight: container, ``Cast`` if the target wants it, ``DQ``."""
         if value in self._values:
             return self._values[value]
+        node = value.producer()
+        assert node is not None
+        quantizer = self._marker_quantizer(value, "Weight")
+        assert quantizer is not None
+        weight, scale, points = self._weight_codes(value)
+        result = self._dequantize(node, weight, scale, points, **axis_of(quantizer))
+        self._values[value] = result
+        return result
+
+    def _weight_codes(
+        self, value: ir.Value, *, transposed: bool = False
+    ) -> tuple[ir.Value, NDArray[Any], NDArray[Any]]:
+        """Return stored codes (INT8, or what the target dequantizes), scales, zero points.
+
+        Args:
+            value: Result of a weight marker, ``[O, ...]``.
+            transposed: Store ``[I, O]`` instead of ``[O, I]``.
+        """
         node = value.producer()
         assert node is not None
         stored = node.inputs[0]
@@ -217,20 +294,12 @@ class Lowering:
         container: Any = np.int8 if not low_bit else ml_dtypes.int4
         if bits == 2 and self.target.low_bit_weights == "cast":
             container = ml_dtypes.int2
-        name = stored.name or "weight"
-        weight = self._constant(codes.astype(np.int8).astype(container), f"{name}.codes")
+        integers = np.ascontiguousarray(codes.T if transposed else codes).astype(np.int8)
+        weight = self._constant(integers.astype(container), f"{stored.name or 'weight'}.codes")
         if low_bit and not direct:
             weight = self._add(node, "Cast", [weight], to=int(ir.DataType.INT8))
         point_type = ml_dtypes.int4 if low_bit and direct else np.int8
-        result = self._dequantize(
-            node,
-            weight,
-            quantizer.scale.numpy(),
-            points.astype(np.int8).astype(point_type),
-            **axis_of(quantizer),
-        )
-        self._values[value] = result
-        return result
+        return weight, quantizer.scale.numpy(), points.astype(np.int8).astype(point_type)
 
     # Activations
 
@@ -266,13 +335,23 @@ class Lowering:
         rank, axis = len(value.shape or ()), axis_of(quantizer)["axis"]
         return [-1 if position == axis % rank else 1 for position in range(rank)]
 
-    def _activation_codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
-        """Return uint8 codes; narrower ones through a clip to what they can represent."""
+    def _activation_codes(
+        self, node: ir.Node, quantizer: Affine, *, signed: bool = False
+    ) -> ir.Value:
+        """Return uint8 codes; narrower ones through a clip to what they can represent.
+
+        Args:
+            node: Marker of the quantizer.
+            quantizer: What it stands for.
+            signed: Return int8 codes instead, less by 128: a right operand of that type is
+                multiplied twice as fast (measured: 0.12 against 0.24 ms for six heads of 197
+                tokens, queries times keys).
+        """
         marked = node.outputs[0]
-        if marked in self._codes:
-            return self._codes[marked]
+        if (marked, signed) in self._codes:
+            return self._codes[marked, signed]
         value = node.inputs[0]
-        scale, point = self._activation_scale(quantizer)
+        scale, point = self._activation_scale(quantizer, signed=signed)
         if quantizer.spec.bits < 8:
             value = self._clip(node, value, quantizer)
         codes = self._add(
@@ -282,7 +361,7 @@ class Lowering:
             name=quantizer.site,
             **axis_of(quantizer),
         )
-        self._codes[marked] = codes
+        self._codes[marked, signed] = codes
         self._note_codes(node, codes)
         return codes
 
@@ -299,10 +378,14 @@ class Lowering:
         low, high = (self._constant(end.reshape(shape)) for end in ends)
         return self._add(node, "Min", [self._add(node, "Max", [value, low]), high])
 
-    def _activation_scale(self, quantizer: Affine) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return scale, and the zero point for codes that start at 0."""
+    def _activation_scale(
+        self, quantizer: Affine, *, signed: bool = False
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return scale, and the zero point for codes that start at 0; at -128 if signed."""
         qmin, _ = quantizer.bounds
-        return quantizer.scale.numpy(), (quantizer.zero_point - qmin).numpy().astype(np.uint8)
+        point = (quantizer.zero_point - qmin).numpy()
+        shifted = (point - 128).astype(np.int8) if signed else point.astype(np.uint8)
+        return quantizer.scale.numpy(), shifted
 
     def _log_table(self, node: ir.Node, quantizer: Log2) -> ir.Value:
         """Encode by a logarithm, decode by looking the code up in a table of ``2^bits``."""

@@ -18,18 +18,24 @@ class Target:
         low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing,
             which runtimes fold when they load and then run as INT8; ``direct`` dequantizes the
             stored type itself.
-        linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
-            onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
-        attention: ``fused`` writes attention without quantizers as onnxruntime's
-            ``MultiHeadAttention``; ``products`` as two products and a softmax.
+        linear: ``integer`` writes a linear as onnxruntime's ``MatMulIntegerToFloat``; ``gemm``
+            as ``Gemm`` with an int32 bias, which its CPU kernels fuse; ``matmul`` as
+            ``MatMul`` and ``Add``.
+        attention: ``fused`` writes attention without quantizers as one ``Attention`` (opset
+            23); ``products`` as two products and a softmax.
+        rewrites: Whether the graph is first rewritten into one of less work.
+        residual: ``sum`` writes the additions in front of norms as ``Sum``, which keeps
+            onnxruntime from a slow fusion.
         description: One line for people.
     """
 
     name: str
     opset: int = 21
     low_bit_weights: Literal["cast", "direct"]
-    linear: Literal["gemm", "matmul"]
+    linear: Literal["integer", "gemm", "matmul"]
     attention: Literal["fused", "products"]
+    rewrites: bool
+    residual: Literal["add", "sum"]
     description: str
 
 
@@ -38,11 +44,14 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             name="ort-cpu",
+            opset=23,
             low_bit_weights="cast",
-            linear="gemm",
+            linear="integer",
             attention="fused",
+            rewrites=True,
+            residual="sum",
             description=(
-                "onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8"
+                "onnxruntime on CPUs: its integer product, fused attention, INT4 cast to INT8"
             ),
         ),
         Target(
@@ -50,6 +59,8 @@ TARGETS: dict[str, Target] = {
             low_bit_weights="direct",
             linear="matmul",
             attention="products",
+            rewrites=False,
+            residual="add",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",
         ),
     )

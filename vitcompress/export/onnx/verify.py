@@ -113,7 +113,7 @@ def verify(
     with torch.no_grad():
         expected = captured.logits(images)
     facts, arrays = _run_apart(path, images, list(codes.values()))
-    actual = torch.from_numpy(arrays["all"])
+    actual = torch.from_numpy(arrays["all"])[: len(images)]
     in_step = []
     for batch in facts["batches"]:
         logits, *stepped = (
@@ -121,7 +121,8 @@ def verify(
             for index in range(len(codes) + 1)
         )
         by_target = dict(zip(codes, stepped, strict=True))
-        in_step.append(_compare_in_step(path, captured, images[:batch], logits, by_target))
+        compared = images[torch.arange(batch) % len(images)]  # a fixed batch may be larger
+        in_step.append(_compare_in_step(path, captured, compared, logits, by_target))
     integer, fell_out = _coverage(facts["nodes"], linears, reasons)
     return Verification(
         runtime=facts["runtime"],
@@ -197,6 +198,8 @@ def _compare_in_step(
             quantizer = captured.module.get_submodule(target)
             assert isinstance(quantizer, Quantizer)
             found = codes[target].int() + _least_code(quantizer)
+            if codes[target].dtype == torch.int8:  # right operands of products
+                found = found + 128
             replaced[node] = partial(checked, quantizer, found)
     outputs = captured.wrap(run(captured, images, replaced=replaced))
     expected = outputs if isinstance(outputs, Tensor) else _logits_of(outputs)

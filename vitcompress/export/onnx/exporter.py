@@ -86,7 +86,7 @@ def export_onnx(
         raise ExportError(f"{len(refused)} sites cannot be written to ONNX: {listed}{more}")
     rewrites: dict[str, int] = {}
     if spelling.rewrites:
-        simpler = rewritten(captured)
+        simpler = rewritten(captured, spelling.rewrites)
         captured, rewrites = simpler.graph, simpler.changed
         quantizers = _quantizers(captured)
     opset = _opset(spelling, quantizers)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitcompress.errors import ConfigError
+from vitcompress.export.rewrites import REWRITES
 
 __all__ = ["TARGETS", "Target", "find_target"]
 
@@ -23,7 +24,7 @@ class Target:
             ``MatMul`` and ``Add``.
         attention: ``fused`` writes attention without quantizers as one ``Attention`` (opset
             23); ``products`` as two products and a softmax.
-        rewrites: Whether the graph is first rewritten into one of less work.
+        rewrites: Names in ``export.rewrites.REWRITES``, applied to the graph first.
         residual: ``sum`` writes the additions in front of norms as ``Sum``, which keeps
             onnxruntime from a slow fusion.
         description: One line for people.
@@ -34,7 +35,7 @@ class Target:
     low_bit_weights: Literal["cast", "direct"]
     linear: Literal["integer", "gemm", "matmul"]
     attention: Literal["fused", "products"]
-    rewrites: bool
+    rewrites: tuple[str, ...]
     residual: Literal["add", "sum"]
     description: str
 
@@ -48,7 +49,7 @@ TARGETS: dict[str, Target] = {
             low_bit_weights="cast",
             linear="integer",
             attention="fused",
-            rewrites=True,
+            rewrites=tuple(REWRITES),
             residual="sum",
             description=(
                 "onnxruntime on CPUs: its integer product, fused attention, INT4 cast to INT8"
@@ -59,7 +60,7 @@ TARGETS: dict[str, Target] = {
             low_bit_weights="direct",
             linear="matmul",
             attention="products",
-            rewrites=False,
+            rewrites=(),
             residual="add",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",
         ),

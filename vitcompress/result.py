@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
+from vitcompress.calibration import CalibrationSource
 from vitcompress.errors import InputError
 from vitcompress.numerics.metrics import kl_divergence
 from vitcompress.report import CompressionReport
@@ -37,6 +38,16 @@ class ImageSet(_Entry):
     source: str
     ids: tuple[str, ...]
     digest: str
+
+    @classmethod
+    def of(cls, source: CalibrationSource) -> "ImageSet":
+        """Return name, ids and digest of the images of a source."""
+        describe = getattr(source, "describe", None)
+        return cls(
+            source=str(describe()) if callable(describe) else type(source).__name__,
+            ids=tuple(getattr(source, "sample_ids", ())),
+            digest=source.digest(),
+        )
 
 
 class Origin(_Entry):

@@ -1,0 +1,58 @@
+"""Commands about results: gate, compare, report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitcompress import verdict_tables
+from vitcompress.artifact.files import check_file_writable
+from vitcompress.cli.application import app
+from vitcompress.cli.options import Json, write_json, write_text
+from vitcompress.gate import judge, read_baseline, to_junit, to_markdown, update_baseline
+from vitcompress.results import read_results
+from vitcompress.terminal import out
+
+__all__ = ["gate"]
+
+EXIT_GATE = 3
+
+
+@app.command()
+def gate(
+    result: Annotated[Path, typer.Argument(help="Directory of a sweep, or one result file")],
+    baseline: Annotated[Path, typer.Option(help="YAML of accepted figures")],
+    accept_improvement: Annotated[
+        bool, typer.Option(help="Pass what is better than the tolerance allows")
+    ] = False,
+    update_baseline_: Annotated[
+        bool,
+        typer.Option("--update-baseline", help="Write the results' figures into the baseline"),
+    ] = False,
+    json_: Json = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a Markdown summary to this file")
+    ] = None,
+) -> None:
+    """Hold results to accepted figures; exit code 3 if one has moved."""
+    results = read_results(result)
+    if update_baseline_:
+        done = update_baseline(baseline, results)
+        verdict_tables.print_update(out, str(baseline), done)
+        return
+    for path in (json_, junit, markdown):
+        if path is not None:
+            check_file_writable(path)
+    report = judge(
+        results,
+        read_baseline(baseline),
+        accept_improvement=accept_improvement,
+        complete=result.is_dir(),
+    )
+    verdict_tables.print_gate(out, report)
+    write_json(json_, report)
+    write_text(junit, to_junit(report))
+    write_text(markdown, to_markdown(report))
+    if not report.passed:
+        raise typer.Exit(EXIT_GATE)

@@ -1,0 +1,91 @@
+"""Tables of gates and comparisons."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vitcompress.gate import GateReport, MetricVerdict
+from vitcompress.gate.formats import difference_text, interval_text, value_text
+
+__all__ = ["print_gate", "print_update"]
+
+_COLOURS = {"regressed": "red", "improved": "yellow", "within noise": "yellow"}
+
+
+def print_gate(console: Console, report: GateReport) -> None:
+    """Print the verdict on each figure, and on all."""
+    table = Table(title="gate", title_justify="left")
+    table.add_column("cell", overflow="fold")
+    table.add_column("metric", no_wrap=True)
+    for column in ("baseline", "now", "difference", "95 % interval", "p", "won/lost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for cell in report.cells:
+        first, *rest = cell.metrics
+        seeds = f", {len(cell.seeds)} seeds" if len(cell.seeds) > 1 else ""
+        table.add_row(f"{escape(str(cell.name))}{seeds}", *_figures(first), _coloured(first))
+        for metric in rest:
+            table.add_row("", *_figures(metric), _coloured(metric))
+    if report.cells:
+        console.print(table)
+    for cell in report.cells:
+        for metric in cell.metrics:
+            if metric.verdict == "within noise":
+                console.print(
+                    f"[yellow]{escape(str(cell.name))}, {metric.metric}:[/yellow] moved "
+                    f"farther than the tolerance of {metric.tolerance:g} pp, but "
+                    f"{cell.images} images cannot tell it from chance; the interval is "
+                    f"{escape(interval_text(metric))} pp",
+                    soft_wrap=True,
+                )
+    for name, reason in report.unmatched.items():
+        console.print(f"[red]{escape(name)}[/red] {escape(reason)}", soft_wrap=True)
+    failed = sum(metric.failed for cell in report.cells for metric in cell.metrics)
+    failed += len(report.unmatched)
+    total = sum(len(cell.metrics) for cell in report.cells) + len(report.unmatched)
+    console.print(
+        f"[green]gate passed:[/green] {total} figures"
+        if report.passed
+        else f"[red]gate failed:[/red] {failed} of {total} figures"
+    )
+    if any(m.failed and m.verdict == "improved" for c in report.cells for m in c.metrics):
+        console.print(
+            "better than the baseline: record it with --update-baseline, or let it pass with "
+            "--accept-improvement",
+            soft_wrap=True,
+        )
+
+
+def _figures(metric: MetricVerdict) -> tuple[str, ...]:
+    name = metric.metric
+    return (
+        name,
+        value_text(name, metric.baseline),
+        value_text(name, metric.value),
+        difference_text(name, metric.difference),
+        *(
+            ("", "", "")
+            if metric.p_value is None
+            else (
+                escape(interval_text(metric)),
+                f"{metric.p_value:.2g}",
+                f"{metric.gained}/{metric.lost}",
+            )
+        ),
+    )
+
+
+def _coloured(metric: MetricVerdict) -> str:
+    colour = _COLOURS.get(metric.verdict, "green")
+    if metric.verdict == "improved" and not metric.failed:
+        colour = "green"
+    return f"[{colour}]{metric.verdict}[/{colour}]"
+
+
+def print_update(console: Console, path: str, done: Mapping[str, str]) -> None:
+    """Print what was written into a baseline."""
+    for name, what in done.items():
+        console.print(f"{escape(name)}: {what}", soft_wrap=True)
+    console.print(f"wrote {escape(path)}", soft_wrap=True)

@@ -198,9 +198,11 @@ def make_report(
 def write_sweep(folder: Path, results: Sequence[Result]) -> Path:
     """Write results as a sweep does, with its index."""
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    keys = []
+    cells = []
     for result in results:
-        keys.append(result.origin.key())
-        (folder / "cells" / f"{keys[-1]}.json").write_text(result.to_json())
-    (folder / "sweep.json").write_text(json.dumps({"cells": keys}))
+        origin = result.origin
+        fields = {"recipe": origin.recipe, "scheme": origin.scheme, "seed": origin.seed}
+        cells.append({"key": origin.key(), **fields})
+        (folder / "cells" / f"{origin.key()}.json").write_text(result.to_json())
+    (folder / "sweep.json").write_text(json.dumps({"cells": cells}))
     return folder

@@ -1,34 +1,207 @@
-"""Every result of a sweep, or the one in a file."""
+"""The results of a sweep together: read, grouped into cells, and their figures."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vitcompress.errors import InputError
 from vitcompress.result import Result, read_result
 
-__all__ = ["read_results"]
+__all__ = [
+    "METRICS",
+    "UNITS",
+    "CellName",
+    "Results",
+    "cells_of",
+    "figure_of",
+    "image_outcomes",
+    "read_results",
+]
 
-INDEX, CELLS = "sweep.json", "cells"
+#: Figures of a cell, in the order in which they are shown.
+METRICS = ("top1", "agreement", "size", "latency_ratio")
+#: Units of a figure, and of a difference of two.
+UNITS = {
+    "top1": ("%", "pp"),
+    "agreement": ("%", "pp"),
+    "size": ("B", "B"),
+    "latency_ratio": ("x", "x"),
+}
 
 
-def read_results(path: Path) -> tuple[Result, ...]:
-    """Return the results of a sweep's directory in its order, or the one of a file.
+class CellName(NamedTuple):
+    """What names a cell of a sweep, its seeds together."""
+
+    model: str
+    scheme: str
+    recipe: str
+
+    def __str__(self) -> str:
+        return f"{self.model} / {self.scheme} / {self.recipe}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a directory of a sweep, or one file, gives.
+
+    Attributes:
+        found: In the order of the sweep.
+        missing: Cells of the sweep that have no result, by name, with the reason.
+    """
+
+    found: tuple[Result, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def read_results(path: Path) -> Results:
+    """Return the results of a sweep's directory, or the one of a file.
 
     Cells of earlier sweeps into the same directory, which its index does not name, stay out.
 
     Raises:
-        InputError: There is none, or one is missing or damaged.
+        InputError: There is none, or one is damaged.
     """
     if not path.is_dir():
-        return (read_result(path),)
-    index = path / INDEX
+        return Results((read_result(path),))
+    index = path / "sweep.json"
     if not index.is_file():
         raise InputError(
-            f"{path}: expected a sweep's directory with {INDEX}, or the file of one result"
+            f"{path}: expected a sweep's directory with sweep.json, or the file of one result"
         )
     try:
-        keys = json.loads(index.read_text(encoding="utf-8"))["cells"]
-        paths = [path / CELLS / f"{key}.json" for key in keys]
+        cells = [(str(c["key"]), _name(c)) for c in _read_json(index)["cells"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{index}: is no index of a sweep: {error!r}; sweep again") from error
-    return tuple(read_result(cell) for cell in paths)
+    found: list[Result] = []
+    missing: dict[str, str] = {}
+    for key, name in cells:
+        cell = path / "cells" / f"{key}.json"
+        if cell.is_file():
+            found.append(read_result(cell))
+        else:
+            missing[name] = _failure(path / "failed" / f"{key}.json")
+    return Results(tuple(found), missing)
+
+
+def _name(cell: Any) -> str:
+    return f"{cell['scheme']} / {cell['recipe']}, seed {cell['seed']}"
+
+
+def _failure(path: Path) -> str:
+    """Return the last line of the error that a cell ended with."""
+    try:
+        lines = str(_read_json(path)["error"]).strip().splitlines()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "was not computed; sweep again"
+    return f"failed: {lines[-1] if lines else 'no reason given'}"
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Which results belong together
+
+
+def cells_of(results: Sequence[Result]) -> dict[CellName, tuple[Result, ...]]:
+    """Return the results of each cell in the order of their seeds.
+
+    Raises:
+        InputError: One is there twice, or results of one model are about different weights
+            or images.
+    """
+    groups: dict[CellName, dict[int, Result]] = {}
+    first: dict[str, Result] = {}
+    for result in results:
+        origin = result.origin
+        name = CellName(origin.model, origin.scheme, origin.recipe)
+        known = first.setdefault(origin.model, result)
+        if origin.model_digest != known.origin.model_digest:
+            raise InputError(
+                f"{name}, seed {origin.seed}: model digest {_short(origin.model_digest)}, but "
+                f"{_short(known.origin.model_digest)} in another result of {origin.model}; "
+                "give two models two names"
+            )
+        own, other = origin.evaluation, known.origin.evaluation
+        if own.digest != other.digest:
+            raise InputError(
+                f"{name}, seed {origin.seed}: evaluated on {own.source} "
+                f"({_short(own.digest)}), other results of {origin.model} on {other.source} "
+                f"({_short(other.digest)}): not paired; evaluate all on the same images"
+            )
+        seeds = groups.setdefault(name, {})
+        if seeds and result.execution != next(iter(seeds.values())).execution:
+            raise InputError(f"{name}: some outcomes are simulated, some executed")
+        if origin.seed in seeds:
+            raise InputError(
+                f"{name}: two results of seed {origin.seed}; gate one sweep at a time"
+            )
+        seeds[origin.seed] = result
+    return {
+        name: tuple(seeds[seed] for seed in sorted(seeds)) for name, seeds in groups.items()
+    }
+
+
+# Figures
+
+
+def image_outcomes(result: Result, metric: str) -> NDArray[np.bool_] | None:
+    """Return whether each image counts as right, ``[N]``; ``None`` without any label.
+
+    Args:
+        result: One cell and seed.
+        metric: ``top1`` or ``agreement``.
+
+    Raises:
+        InputError: Some images have labels and some have none.
+    """
+    outcomes, ids = result.outcomes, result.origin.evaluation.ids
+    predictions = np.array(outcomes.predictions)
+    if metric == "agreement":
+        return np.asarray(predictions == np.array(outcomes.reference_predictions))
+    unknown = [name for name, label in zip(ids, outcomes.labels, strict=True) if label is None]
+    if len(unknown) == len(ids):
+        return None
+    if unknown:
+        raise InputError(
+            f"{_seed_name(result)}: {len(unknown)} of {len(ids)} images have no label, first "
+            f"'{unknown[0]}'; label all of them or none"
+        )
+    return np.asarray(predictions == np.array(outcomes.labels))
+
+
+def figure_of(group: Sequence[Result], metric: str) -> float | None:
+    """Return a figure over the seeds of a cell; ``None`` if it was not measured.
+
+    Args:
+        group: The results of a cell.
+        metric: One of ``METRICS``.
+
+    Raises:
+        InputError: Some images have labels and some have none.
+    """
+    if metric in ("top1", "agreement"):
+        rows = [image_outcomes(result, metric) for result in group]
+        found = [row for row in rows if row is not None]
+        return 100.0 * float(np.mean(found)) if len(found) == len(rows) else None
+    values: list[float | None] = (
+        [float(result.report.size.stored_bytes) for result in group]
+        if metric == "size"
+        else [result.latency_ratio for result in group]
+    )
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _seed_name(result: Result) -> str:
+    origin = result.origin
+    return f"{CellName(origin.model, origin.scheme, origin.recipe)}, seed {origin.seed}"
+
+
+def _short(digest: str) -> str:
+    return digest[:12]

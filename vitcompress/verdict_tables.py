@@ -1,12 +1,12 @@
 """Tables of gates and comparisons."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vitcompress.gate import GateReport, MetricVerdict
+from vitcompress.gate import CellVerdict, GateReport, MetricVerdict
 from vitcompress.gate.formats import difference_text, interval_text, value_text
 
 __all__ = ["print_gate", "print_update"]
@@ -16,20 +16,8 @@ _COLOURS = {"regressed": "red", "improved": "yellow", "within noise": "yellow"}
 
 def print_gate(console: Console, report: GateReport) -> None:
     """Print the verdict on each figure, and on all."""
-    table = Table(title="gate", title_justify="left")
-    table.add_column("cell", overflow="fold")
-    table.add_column("metric", no_wrap=True)
-    for column in ("baseline", "now", "difference", "95 % interval", "p", "won/lost"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for cell in report.cells:
-        first, *rest = cell.metrics
-        seeds = f", {len(cell.seeds)} seeds" if len(cell.seeds) > 1 else ""
-        table.add_row(f"{escape(str(cell.name))}{seeds}", *_figures(first), _coloured(first))
-        for metric in rest:
-            table.add_row("", *_figures(metric), _coloured(metric))
-    if report.cells:
-        console.print(table)
+    for model in dict.fromkeys(cell.model for cell in report.cells):
+        _print_cells(console, model, [c for c in report.cells if c.model == model])
     for cell in report.cells:
         for metric in cell.metrics:
             if metric.verdict == "within noise":
@@ -56,6 +44,24 @@ def print_gate(console: Console, report: GateReport) -> None:
             "--accept-improvement",
             soft_wrap=True,
         )
+
+
+def _print_cells(console: Console, model: str, cells: Sequence[CellVerdict]) -> None:
+    title = f"{escape(model)}, {cells[0].images} images"
+    table = Table(title=title, title_justify="left")
+    table.add_column("cell", overflow="fold")
+    table.add_column("metric", no_wrap=True)
+    for column in ("baseline", "now", "difference", "95 % interval", "p", "won/lost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for cell in cells:
+        first, *rest = cell.metrics
+        seeds = f", {len(cell.seeds)} seeds" if len(cell.seeds) > 1 else ""
+        name = escape(f"{cell.scheme} {cell.recipe}{seeds}")
+        table.add_row(name, *_figures(first), _coloured(first))
+        for metric in rest:
+            table.add_row("", *_figures(metric), _coloured(metric))
+    console.print(table)
 
 
 def _figures(metric: MetricVerdict) -> tuple[str, ...]:

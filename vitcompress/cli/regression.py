@@ -38,15 +38,16 @@ def gate(
     """Hold results to accepted figures; exit code 3 if one has moved."""
     results = read_results(result)
     if update_baseline_:
-        done = update_baseline(baseline, results)
-        verdict_tables.print_update(out, str(baseline), done)
+        done = update_baseline(baseline, results.found)
+        verdict_tables.print_update(out, str(baseline), {**results.missing, **done})
         return
     for path in (json_, junit, markdown):
         if path is not None:
             check_file_writable(path)
     report = judge(
-        results,
+        results.found,
         read_baseline(baseline),
+        missing=results.missing,
         accept_improvement=accept_improvement,
         complete=result.is_dir(),
     )

@@ -18,13 +18,12 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from vitcompress.errors import ConfigError
+from vitcompress.results import METRICS, CellName
 
 __all__ = [
-    "METRICS",
     "PAIRED",
     "Baseline",
     "Cell",
-    "CellName",
     "Limit",
     "ModelEntry",
     "SeedBits",
@@ -35,23 +34,10 @@ __all__ = [
     "unpack_bits",
 ]
 
-#: What a cell may limit, in the order in which it is shown.
-METRICS = ("top1", "agreement", "size", "latency_ratio")
 #: Metrics judged image by image, and the bits of a seed that they read.
 PAIRED = {"top1": "correct", "agreement": "agrees"}
 #: ``value`` is written with four decimals.
 ROUNDING = 1e-3
-
-
-class CellName(typing.NamedTuple):
-    """What names a cell of a sweep, its seeds together."""
-
-    model: str
-    scheme: str
-    recipe: str
-
-    def __str__(self) -> str:
-        return f"{self.model} / {self.scheme} / {self.recipe}"
 
 
 class _Entry(BaseModel):
@@ -238,10 +224,10 @@ def read_baseline(path: Path) -> Baseline:
     document = load_document(path)
     try:
         return Baseline.model_validate(_plain(document))
-    except RecursionError as error:
-        raise ConfigError(f"{path}: an alias in it leads back to itself") from error
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        # A misspelt key is missing as well; what is there says more.
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
         place = first["loc"]
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":

@@ -3,7 +3,8 @@
 import re
 import xml.etree.ElementTree as ET
 
-from vitcompress.gate.judging import UNITS, CellVerdict, GateReport, MetricVerdict
+from vitcompress.gate.judging import CellVerdict, GateReport, MetricVerdict
+from vitcompress.results import UNITS
 
 __all__ = [
     "difference_text",

@@ -7,11 +7,10 @@ improvement fails too unless it is accepted: a better figure that nobody writes 
 next loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from vitcompress.errors import InputError
@@ -19,33 +18,22 @@ from vitcompress.gate.baseline import (
     PAIRED,
     Baseline,
     Cell,
-    CellName,
     Limit,
     ModelEntry,
     unpack_bits,
 )
 from vitcompress.numerics.paired import paired_difference
 from vitcompress.result import Result
+from vitcompress.results import CellName, cells_of, figure_of, image_outcomes
 
 __all__ = [
-    "UNITS",
     "CellVerdict",
     "GateReport",
     "MetricVerdict",
-    "cells_of",
-    "figure_of",
-    "image_outcomes",
     "judge",
-    "missing",
+    "missing_figure",
 ]
 
-#: Units of a figure, and of a difference of two.
-UNITS = {
-    "top1": ("%", "pp"),
-    "agreement": ("%", "pp"),
-    "size": ("B", "B"),
-    "latency_ratio": ("x", "x"),
-}
 #: Better is less.
 _LESS_IS_BETTER = ("size",)
 
@@ -60,8 +48,8 @@ class MetricVerdict(_Entry):
     """One figure of a cell beside its baseline.
 
     Attributes:
-        metric: One of ``baseline.METRICS``.
-        baseline: Over the seeds, in the unit of ``UNITS``.
+        metric: One of ``results.METRICS``.
+        baseline: Over the seeds, in the unit of ``results.UNITS``.
         value: The same now.
         difference: ``value`` less ``baseline``.
         tolerance: How far it may move.
@@ -113,7 +101,7 @@ class GateReport(_Entry):
         schema_version: Version of this layout.
         passed: Whether nothing failed.
         cells: Every cell that could be judged.
-        unmatched: Cells that are on one side alone, with what to do; each fails the gate.
+        unmatched: Cells without a result or without a limit, with what to do; each fails.
     """
 
     schema_version: int = 1
@@ -126,6 +114,7 @@ def judge(
     results: Sequence[Result],
     baseline: Baseline,
     *,
+    missing: Mapping[str, str] | None = None,
     accept_improvement: bool = False,
     complete: bool = True,
 ) -> GateReport:
@@ -134,21 +123,31 @@ def judge(
     Args:
         results: Cells of a sweep, or one.
         baseline: What they are held to.
+        missing: Cells that were asked for and have no result, with the reason.
         accept_improvement: Let figures pass that are better than the tolerance allows.
         complete: Whether every cell of the baseline needs a result.
 
     Raises:
-        InputError: Results and baseline are not of the same model, images or seeds, or a
-            figure that the baseline limits was not measured.
+        InputError: There is nothing to judge, results and baseline are not of the same model
+            or images, or a figure that the baseline limits was not measured.
     """
+    if not results and not missing:
+        raise InputError("gate: no results; sweep at least one cell")
     measured, limited = cells_of(results), baseline.cells()
     verdicts: list[CellVerdict] = []
-    unmatched: dict[str, str] = {}
+    unmatched: dict[str, str] = dict(missing or {})
     for name, group in measured.items():
         if name not in limited:
             unmatched[str(name)] = "is not in the baseline; --update-baseline adds it"
             continue
         _check_same(name, group, baseline.models[name.model], limited[name])
+        seeds = [result.origin.seed for result in group]
+        if seeds != sorted(limited[name].seeds):
+            unmatched[str(name)] = (
+                f"has seeds {seeds}, but {sorted(limited[name].seeds)} in the baseline; sweep "
+                "the same seeds, or --update-baseline"
+            )
+            continue
         verdicts.append(
             _judge_cell(
                 name,
@@ -166,48 +165,6 @@ def judge(
                 )
     failed = bool(unmatched) or any(m.failed for cell in verdicts for m in cell.metrics)
     return GateReport(passed=not failed, cells=tuple(verdicts), unmatched=unmatched)
-
-
-# Which results belong together
-
-
-def cells_of(results: Sequence[Result]) -> dict[CellName, tuple[Result, ...]]:
-    """Return the results of each cell in the order of their seeds.
-
-    Raises:
-        InputError: There is none, one is there twice, or results of one model are about
-            different weights, images or labels.
-    """
-    if not results:
-        raise InputError("gate: no results; sweep at least one cell")
-    groups: dict[CellName, dict[int, Result]] = {}
-    first: dict[str, Result] = {}
-    for result in results:
-        origin = result.origin
-        name = CellName(origin.model, origin.scheme, origin.recipe)
-        known = first.setdefault(origin.model, result)
-        if origin.model_digest != known.origin.model_digest:
-            raise InputError(
-                f"{name}, seed {origin.seed}: model digest {_short(origin.model_digest)}, but "
-                f"{_short(known.origin.model_digest)} in another result of {origin.model}; "
-                "give two models two names"
-            )
-        own, other = origin.evaluation, known.origin.evaluation
-        if own.digest != other.digest:
-            raise InputError(
-                f"{name}, seed {origin.seed}: evaluated on {own.source} "
-                f"({_short(own.digest)}), other results of {origin.model} on {other.source} "
-                f"({_short(other.digest)}): not paired; evaluate all on the same images"
-            )
-        seeds = groups.setdefault(name, {})
-        if origin.seed in seeds:
-            raise InputError(
-                f"{name}: two results of seed {origin.seed}; gate one sweep at a time"
-            )
-        seeds[origin.seed] = result
-    return {
-        name: tuple(seeds[seed] for seed in sorted(seeds)) for name, seeds in groups.items()
-    }
 
 
 def _check_same(
@@ -234,69 +191,12 @@ def _check_same(
             f"{name}: the baseline has {entry.images.count} images, "
             f"the result {len(origin.evaluation.ids)}; not paired"
         )
-    seeds = [result.origin.seed for result in group]
-    if seeds != sorted(cell.seeds):
-        raise InputError(
-            f"{name}: seeds {seeds}, but {sorted(cell.seeds)} in the baseline; "
-            "sweep the same seeds, or --update-baseline"
-        )
     for result in group:
         if result.execution != cell.execution:
             raise InputError(
                 f"{name}: outcomes were {result.execution}, those of the baseline "
                 f"{cell.execution}; compare like with like"
             )
-
-
-# Figures
-
-
-def image_outcomes(result: Result, metric: str) -> NDArray[np.bool_] | None:
-    """Return whether each image counts as right, ``[N]``; ``None`` without any label.
-
-    Args:
-        result: One cell and seed.
-        metric: ``top1`` or ``agreement``.
-
-    Raises:
-        InputError: Some images have labels and some have none.
-    """
-    outcomes, ids = result.outcomes, result.origin.evaluation.ids
-    predictions = np.array(outcomes.predictions)
-    if metric == "agreement":
-        return np.asarray(predictions == np.array(outcomes.reference_predictions))
-    unknown = [name for name, label in zip(ids, outcomes.labels, strict=True) if label is None]
-    if len(unknown) == len(ids):
-        return None
-    if unknown:
-        raise InputError(
-            f"{_seed_name(result)}: {len(unknown)} of {len(ids)} images have no label, first "
-            f"'{unknown[0]}'; label all of them or none"
-        )
-    return np.asarray(predictions == np.array(outcomes.labels))
-
-
-def figure_of(group: Sequence[Result], metric: str) -> float | None:
-    """Return a figure over the seeds of a cell; ``None`` if it was not measured.
-
-    Args:
-        group: The results of a cell.
-        metric: One of ``baseline.METRICS``.
-
-    Raises:
-        InputError: Some images have labels and some have none.
-    """
-    if metric in PAIRED:
-        rows = [image_outcomes(result, metric) for result in group]
-        found = [row for row in rows if row is not None]
-        return 100.0 * float(np.mean(found)) if len(found) == len(rows) else None
-    values: list[float | None] = (
-        [float(result.report.size.stored_bytes) for result in group]
-        if metric == "size"
-        else [result.latency_ratio for result in group]
-    )
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _judge_cell(
@@ -311,7 +211,9 @@ def _judge_cell(
     for metric, limit in cell.limits.items():
         value = figure_of(group, metric)
         if value is None:
-            raise InputError(f"{name}: the baseline limits {metric}, but {missing(metric)}")
+            raise InputError(
+                f"{name}: the baseline limits {metric}, but {missing_figure(metric)}"
+            )
         if metric in PAIRED:
             figures, significant = _paired_figures(metric, value, group, cell, images)
         else:
@@ -365,16 +267,11 @@ def _verdict(metric: str, limit: Limit, difference: float, significant: bool) ->
     return "improved" if better else "regressed"
 
 
-def missing(metric: str) -> str:
+def missing_figure(metric: str) -> str:
     """Return why a figure is not there, and what to do."""
     if metric == "top1":
         return "none of the images has a label; evaluate on labelled ones"
     return "a result has not measured it; measure it, or delete the key from the baseline"
-
-
-def _seed_name(result: Result) -> str:
-    origin = result.origin
-    return f"{CellName(origin.model, origin.scheme, origin.recipe)}, seed {origin.seed}"
 
 
 def _short(digest: str) -> str:

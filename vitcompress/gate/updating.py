@@ -11,17 +11,16 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from vitcompress.artifact import write_file
 from vitcompress.errors import InputError
 from vitcompress.gate.baseline import (
-    METRICS,
     PAIRED,
     Baseline,
-    CellName,
     load_document,
     pack_bits,
     read_baseline,
     round_trip_yaml,
 )
-from vitcompress.gate.judging import cells_of, figure_of, image_outcomes, missing
+from vitcompress.gate.judging import missing_figure
 from vitcompress.result import Origin, Result
+from vitcompress.results import METRICS, CellName, cells_of, figure_of, image_outcomes
 
 __all__ = ["update_baseline"]
 
@@ -52,6 +51,8 @@ def update_baseline(path: Path, results: Sequence[Result]) -> dict[str, str]:
         InputError: Results do not belong together, a figure that a cell limits was not
             measured, or cells without a result would be left with another model or images.
     """
+    if not results:
+        raise InputError("gate: no results; sweep at least one cell")
     cells = cells_of(results)
     if path.exists():
         known, document = read_baseline(path), load_document(path)
@@ -107,7 +108,9 @@ def _write_cell(name: CellName, cell: CommentedMap, group: Sequence[Result]) -> 
     for metric in METRICS:
         value = figure_of(group, metric)
         if metric in cell and value is None:
-            raise InputError(f"{name}: the baseline limits {metric}, but {missing(metric)}")
+            raise InputError(
+                f"{name}: the baseline limits {metric}, but {missing_figure(metric)}"
+            )
         if value is not None and (is_new or metric in cell):
             limit = _child(cell, metric)
             _set(limit, "value", int(value) if metric == "size" else round(value, 4))

@@ -4,7 +4,7 @@ import json
 import xml.etree.ElementTree as ET
 
 import pytest
-from results import make_result, write_sweep
+from results import make_result, make_sites, write_sweep
 
 from vitcompress.gate import update_baseline
 
@@ -105,3 +105,55 @@ def test_mistakes_are_told_in_one_line(vitcompress, sweep, code, arguments, word
     assert found.code == code
     assert words in found.err
     assert "Traceback" not in found.err
+
+
+def test_compare_explains_and_writes_json(vitcompress, tmp_path):
+    sites = make_sites(blocks_1_fc2_input=-9.0)
+    (tmp_path / "a.json").write_text(make_result(wrong=range(9)).to_json())
+    (tmp_path / "b.json").write_text(
+        make_result(wrong=range(30), seed=1, sites=sites).to_json()
+    )
+
+    found = vitcompress("compare", "a.json", "b.json", "--json", "out.json")
+
+    assert found.code == 0
+    for words in (
+        "A: a.json\nB: b.json",
+        "size: the same",
+        "1 of 18 sites differ",
+        "blocks.1.fc2:input",
+        "-9.0",
+        "top1: 95.50 % -> 85.00 % (-10.50 pp, 95 % interval [-14.82, -5.97] pp",
+        "won 0, lost 21 images",
+    ):
+        assert words in found.out
+    assert json.loads((tmp_path / "out.json").read_text())["b"] == "b.json"
+
+
+def test_long_comparison_says_how_many_sites_it_leaves_out(vitcompress, tmp_path):
+    for name, scheme in (("a.json", "W4A4"), ("b.json", "W8A8")):
+        sites = make_sites(scheme, blocks=4)
+        (tmp_path / name).write_text(make_result(labelled=(), sites=sites).to_json())
+
+    found = vitcompress("compare", "a.json", "b.json")
+
+    assert "32 of 36 sites differ" in found.out
+    assert "and 12 more; --json has all of them" in found.out
+
+
+def test_compare_of_other_images_says_why_there_is_no_accuracy(
+    vitcompress, artefact, tmp_path
+):
+    (tmp_path / "a.json").write_text(make_result(sites=()).to_json())
+
+    found = vitcompress("compare", "a.json", artefact)
+
+    assert found.code == 0
+    assert "accuracy not compared:" in found.out
+    assert "only B has 28 sites" in found.out
+
+
+def test_compare_of_a_missing_file_is_told_in_one_line(vitcompress):
+    found = vitcompress("compare", "a.json", "b.json")
+
+    assert (found.code, found.err.strip()) == (5, "error: a.json: file is missing")

@@ -9,11 +9,12 @@ from vitcompress import verdict_tables
 from vitcompress.artifact.files import check_file_writable
 from vitcompress.cli.application import app
 from vitcompress.cli.options import Json, write_json, write_text
+from vitcompress.compare import compare as compare_results
 from vitcompress.gate import judge, read_baseline, to_junit, to_markdown, update_baseline
 from vitcompress.results import read_results
 from vitcompress.terminal import out
 
-__all__ = ["gate"]
+__all__ = ["compare", "gate"]
 
 EXIT_GATE = 3
 
@@ -57,3 +58,17 @@ def gate(
     write_text(markdown, to_markdown(report))
     if not report.passed:
         raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Result file or artefact directory")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it")],
+    json_: Json = None,
+) -> None:
+    """Explain the difference between two results site by site."""
+    if json_ is not None:
+        check_file_writable(json_)
+    comparison = compare_results(a, b)
+    verdict_tables.print_comparison(out, comparison)
+    write_json(json_, comparison)

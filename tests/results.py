@@ -1,7 +1,6 @@
 """Results of sweeps, made up: what gates, comparisons and pages read."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vitcompress.report import (
     SizeEntry,
 )
 from vitcompress.result import ImageSet, Origin, Outcomes, Result
+from vitcompress.sweep import FailedCell, GridCell, SweepIndex
 
 DIGEST = "d1" * 32
 IMAGES = "e2" * 32
@@ -195,14 +195,40 @@ def make_report(
     )
 
 
-def write_sweep(folder: Path, results: Sequence[Result]) -> Path:
-    """Write results as a sweep does, with its index."""
+def write_sweep(
+    folder: Path, results: Sequence[Result], failed: Mapping[int, str] | None = None
+) -> Path:
+    """Write results as a sweep does, with its index.
+
+    Args:
+        failed: Errors by position: these have no result.
+    """
+    failed = failed or {}
+    origins = [result.origin for result in results]
+    first = results[0].outcomes
+    index = SweepIndex(
+        model=origins[0].model,
+        model_digest=origins[0].model_digest,
+        schemes=tuple(dict.fromkeys(origin.scheme for origin in origins)),
+        recipes=tuple(dict.fromkeys(origin.recipe for origin in origins)),
+        seeds=tuple(dict.fromkeys(origin.seed for origin in origins)),
+        cells=tuple(
+            GridCell(key=o.key(), recipe=o.recipe, scheme=o.scheme, seed=o.seed)
+            for o in origins
+        ),
+        evaluation=origins[0].evaluation,
+        reference=first.model_copy(update={"predictions": first.reference_predictions}),
+        float_bytes=32000,
+        command="vitcompress sweep toy.pt",
+    )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    cells = []
-    for result in results:
-        origin = result.origin
-        fields = {"recipe": origin.recipe, "scheme": origin.scheme, "seed": origin.seed}
-        cells.append({"key": origin.key(), **fields})
-        (folder / "cells" / f"{origin.key()}.json").write_text(result.to_json())
-    (folder / "sweep.json").write_text(json.dumps({"cells": cells}))
+    (folder / "failed").mkdir(exist_ok=True)
+    (folder / "sweep.json").write_text(index.model_dump_json())
+    for number, result in enumerate(results):
+        name = f"{result.origin.key()}.json"
+        if number in failed:
+            entry = FailedCell(origin=result.origin, error=failed[number])
+            (folder / "failed" / name).write_text(entry.model_dump_json())
+        else:
+            (folder / "cells" / name).write_text(result.to_json())
     return folder

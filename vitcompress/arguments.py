@@ -1,6 +1,8 @@
 """From arguments of the command line to the objects that the API takes."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import onnx
@@ -19,6 +21,7 @@ from vitcompress.terminal import out
 __all__ = [
     "calibration_source",
     "chosen_scheme",
+    "command_line",
     "default_output",
     "load_float",
     "overridden",
@@ -42,6 +45,11 @@ def chosen_scheme(
     if scheme is not None or bits is not None:
         raise ConfigError("give one of --bits, --scheme, or --w-bits with --a-bits")
     return f"W{8 if w_bits is None else w_bits}A{8 if a_bits is None else a_bits}"
+
+
+def command_line() -> str:
+    """Return the command that the user gave, to be recorded with what it makes."""
+    return shlex.join(["vitcompress", *sys.argv[1:]])
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:

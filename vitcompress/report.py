@@ -35,7 +35,12 @@ class _Entry(BaseModel):
 
 
 class ProtocolEntry(_Entry):
-    """Under which conditions the figures hold."""
+    """Under which conditions the figures hold.
+
+    ``model_digest`` is that of ``models.identity``, ``resolved_recipe`` YAML with every
+    default written out, ``command`` the command line, if one was used. Reports of earlier
+    versions lack the three.
+    """
 
     source: str
     sample_ids: tuple[str, ...]
@@ -43,6 +48,9 @@ class ProtocolEntry(_Entry):
     preprocessing: dict[str, Any] | None
     seed: int
     versions: dict[str, str]
+    model_digest: str | None = None
+    resolved_recipe: str | None = None
+    command: str | None = None
 
 
 class PassEntry(_Entry):

@@ -1,16 +1,16 @@
 """The results of a sweep together: read, grouped into cells, and their figures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitcompress.errors import InputError
 from vitcompress.result import Result, read_result
+from vitcompress.sweep import read_sweep
 
 __all__ = [
     "METRICS",
@@ -68,41 +68,21 @@ def read_results(path: Path) -> Results:
     """
     if not path.is_dir():
         return Results((read_result(path),))
-    index = path / "sweep.json"
-    if not index.is_file():
-        raise InputError(
-            f"{path}: expected a sweep's directory with sweep.json, or the file of one result"
-        )
-    try:
-        cells = [(str(c["key"]), _name(c)) for c in _read_json(index)["cells"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{index}: is no index of a sweep: {error!r}; sweep again") from error
-    found: list[Result] = []
+    sweep = read_sweep(path)
     missing: dict[str, str] = {}
-    for key, name in cells:
-        cell = path / "cells" / f"{key}.json"
-        if cell.is_file():
-            found.append(read_result(cell))
-        else:
-            missing[name] = _failure(path / "failed" / f"{key}.json")
-    return Results(tuple(found), missing)
+    for cell in sweep.index.cells:
+        if cell.key not in sweep.results:
+            error = sweep.failures.get(cell.key)
+            reason = "was not computed" if error is None else f"failed: {_last_line(error)}"
+            missing[f"{cell.scheme} / {cell.recipe}, seed {cell.seed}"] = (
+                f"{reason}; sweep again"
+            )
+    return Results(tuple(sweep.results.values()), missing)
 
 
-def _name(cell: Any) -> str:
-    return f"{cell['scheme']} / {cell['recipe']}, seed {cell['seed']}"
-
-
-def _failure(path: Path) -> str:
-    """Return the last line of the error that a cell ended with."""
-    try:
-        lines = str(_read_json(path)["error"]).strip().splitlines()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "was not computed; sweep again"
-    return f"failed: {lines[-1] if lines else 'no reason given'}"
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _last_line(error: str) -> str:
+    """Return what an error says; of a traceback, its last line."""
+    return error.strip().rpartition("\n")[2]
 
 
 # Which results belong together

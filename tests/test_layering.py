@@ -28,6 +28,7 @@ FLOORS = {
     "analyze": 5,
     "compare": 5,
     "results": 5,
+    "html_report": 5,
     "demo": 6,
     "terminal": 6,
     "verdict_tables": 6,

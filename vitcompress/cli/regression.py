@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from vitcompress import verdict_tables
 from vitcompress.artifact.files import check_file_writable
@@ -11,10 +12,12 @@ from vitcompress.cli.application import app
 from vitcompress.cli.options import Json, write_json, write_text
 from vitcompress.compare import compare as compare_results
 from vitcompress.gate import judge, read_baseline, to_junit, to_markdown, update_baseline
+from vitcompress.html_report import write_report
 from vitcompress.results import read_results
+from vitcompress.sweep import read_sweep
 from vitcompress.terminal import out
 
-__all__ = ["compare", "gate"]
+__all__ = ["compare", "gate", "report"]
 
 EXIT_GATE = 3
 
@@ -72,3 +75,22 @@ def compare(
     comparison = compare_results(a, b)
     verdict_tables.print_comparison(out, comparison)
     write_json(json_, comparison)
+
+
+@app.command()
+def report(
+    sweep: Annotated[Path, typer.Argument(help="Directory of a sweep")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables as Markdown to this file")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write a line for each cell and seed to this file")
+    ] = None,
+) -> None:
+    """Draw a sweep: one page that needs nothing else."""
+    for path in (output, markdown, csv):
+        if path is not None:
+            check_file_writable(path)
+    write_report(read_sweep(sweep), output, markdown=markdown, csv=csv)
+    out.print(f"wrote {escape(str(output))}", soft_wrap=True)

@@ -53,25 +53,21 @@ def print_gate(console: Console, report: GateReport) -> None:
 def _print_cells(console: Console, model: str, cells: Sequence[CellVerdict]) -> None:
     title = f"{escape(model)}, {cells[0].images} images"
     table = Table(title=title, title_justify="left")
-    table.add_column("cell", overflow="fold")
-    table.add_column("metric", no_wrap=True)
+    table.add_column("cell, metric", overflow="fold")
     for column in ("baseline", "now", "difference", "95 % interval", "p", "won/lost"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for cell in cells:
-        first, *rest = cell.metrics
         seeds = f", {len(cell.seeds)} seeds" if len(cell.seeds) > 1 else ""
-        name = escape(f"{cell.scheme} {cell.recipe}{seeds}")
-        table.add_row(name, *_figures(first), _coloured(first))
-        for metric in rest:
-            table.add_row("", *_figures(metric), _coloured(metric))
+        table.add_row(f"[bold]{escape(f'{cell.scheme} {cell.recipe}{seeds}')}[/bold]")
+        for metric in cell.metrics:
+            table.add_row(f"  {metric.metric}", *_figures(metric), _coloured(metric))
     console.print(table)
 
 
 def _figures(metric: MetricVerdict) -> tuple[str, ...]:
     name = metric.metric
     return (
-        name,
         value_text(name, metric.baseline),
         value_text(name, metric.value),
         difference_text(name, metric.difference),

@@ -29,6 +29,7 @@ PUBLIC = {
         "Recipe",
         "UnsupportedModelError",
         "VitcompressError",
+        "analyze",
         "benchmark",
         "capture",
         "evaluate",
@@ -36,6 +37,14 @@ PUBLIC = {
         "load",
         "load_model",
         "quantize",
+        "sweep",
+    ],
+    "vitcompress.analyze": [
+        "Analysis",
+        "AnalysisEntry",
+        "Distance",
+        "analyze",
+        "read_analysis",
     ],
     "vitcompress.artifact": [
         "StoredModel",
@@ -110,6 +119,14 @@ PUBLIC = {
         "Quantizer",
         "make_quantizer",
     ],
+    "vitcompress.sweep": [
+        "FailedCell",
+        "GridCell",
+        "Sweep",
+        "SweepIndex",
+        "read_sweep",
+        "sweep",
+    ],
 }
 
 
@@ -175,6 +192,15 @@ def test_arguments_of_the_entry_points_keep_their_names():
     assert names(vitcompress.evaluate) == ["model", "source", "reference", "execution", "data"]
     assert names(vitcompress.benchmark) == [
         *("paths", "runtime", "threads", "batches", "rounds", "references", "seed"),
+    ]
+    assert names(vitcompress.sweep) == [
+        *("model", "output", "schemes", "recipes", "evaluation", "seeds", "calibration"),
+        *("samples", "eval_samples", "batch_size", "jobs", "engine", "address", "model_id"),
+        *("command", "say"),
+    ]
+    assert names(vitcompress.analyze) == [
+        *("model", "bits", "scheme", "recipe", "source", "evaluation", "mode", "by", "budget"),
+        *("overrides", "model_id", "command"),
     ]
     assert names(vitcompress.CompressedModel.save) == ["self", "path", "overwrite"]
     assert names(calib.open_source)[:2] == ["spec", "samples"]

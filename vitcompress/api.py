@@ -197,6 +197,7 @@ def compress(
     engine: LocalEngine,
     model_digest: str,
     stages: Sequence[StageEntry] = (),
+    expected: Tensor | None = None,
 ) -> CompressedModel:
     """Return what a recipe makes of a captured model, with a report.
 
@@ -207,6 +208,7 @@ def compress(
         engine: Runs data through graphs; it may know some answers already.
         model_digest: Of the float model, for the report.
         stages: What was done before, for the report.
+        expected: Logits of the float model on the source, if they are known, ``[N, O]``.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -218,7 +220,7 @@ def compress(
     with _stage("measure", stages):
         measurements = measure_activations(graph, source)
     with _stage("compare", stages):
-        known = Replay(engine.logits(reference, source))
+        known = reference.logits if expected is None else Replay(expected)
         entry = evaluate(graph.logits, source, reference=known)
     weights: dict[str, float] = {}
     for record in records:

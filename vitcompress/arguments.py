@@ -20,6 +20,7 @@ from vitcompress.terminal import out
 
 __all__ = [
     "calibration_source",
+    "calibration_spec",
     "chosen_scheme",
     "command_line",
     "default_output",
@@ -149,6 +150,16 @@ def overridden(
         raise ConfigError(str(error)) from error
 
 
+def calibration_spec(spec: str | None) -> str:
+    """Return what ``--calib`` names; rendered images, with a line that says so, by default."""
+    if spec is None:
+        out.print(
+            "[yellow]no --calib: calibrating on rendered images (synthetic); real ones serve "
+            "better[/yellow]"
+        )
+    return spec or "synthetic"
+
+
 def calibration_source(
     spec: str | None,
     samples: int,
@@ -157,13 +168,8 @@ def calibration_source(
     preprocessing: calib.Preprocessing,
 ) -> calib.Source:
     """Return the calibration images; rendered ones, with a line that says so, by default."""
-    if spec is None:
-        out.print(
-            "[yellow]no --calib: calibrating on rendered images (synthetic); real ones serve "
-            "better[/yellow]"
-        )
     return calib.open_source(
-        spec or "synthetic",
+        calibration_spec(spec),
         samples=samples,
         seed=seed,
         batch_size=batch_size,

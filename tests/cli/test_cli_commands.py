@@ -29,6 +29,9 @@ def test_checkpoint_is_quantized_on_a_folder_and_evaluated(
     assert model.preprocessing.size == (160, 160)
     assert model(images(1, 160)).shape == (1, 7)
     assert len(model.report.protocol.sample_ids) == 4
+    assert model.report.protocol.command.startswith(
+        f"vitcompress quantize {checkpoint} --arch"
+    )
     calibration, evaluation = model.report.evaluations
     assert (calibration.labelled, evaluation.labelled) == (False, True)
     assert (evaluation.images, evaluation.execution) == (6, "simulated")

@@ -129,6 +129,13 @@ class Search:
                     break
                 found.append((unit, distance))
                 bar.update(unit.level == self._by)
+        listed = {unit for unit, _ in found}
+        # A block of a single quantizer has told of that one as well.
+        found += [
+            (unit, self.known[unit.targets])
+            for unit in self.units[self._by]
+            if unit not in listed and unit.targets in self.known
+        ]
         return found
 
     def _order(self, found: list[tuple[Unit, Distance]]) -> Iterator[Unit]:

@@ -11,7 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from vitcompress import api
-from vitcompress.arguments import command_line, load_float, say, with_preprocessing
+from vitcompress.arguments import (
+    calibration_spec,
+    command_line,
+    load_float,
+    say,
+    with_preprocessing,
+)
 from vitcompress.cli.application import app
 from vitcompress.cli.options import (
     Arch,
@@ -57,8 +63,8 @@ def sweep(
         str, typer.Option(help="E.g. 0..2 or 0,3: of recipes and of calibration images")
     ] = "0",
     calib_: Annotated[
-        str, typer.Option("--calib", help="Calibration images, as for quantize")
-    ] = "synthetic",
+        str | None, typer.Option("--calib", help="Calibration images, as for quantize")
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Most cells at a time; one per processor by default"),
@@ -99,7 +105,7 @@ def sweep(
             recipes=recipes,
             evaluation=eval_,
             seeds=seeds,
-            calibration=calib_,
+            calibration=calibration_spec(calib_),
             samples=samples,
             eval_samples=eval_samples,
             batch_size=batch_size,

@@ -1,6 +1,5 @@
 """Sweeps: one model under every scheme, recipe and seed of a grid, cell by cell."""
 
-from vitcompress.sweep.grid import parse_seeds
 from vitcompress.sweep.records import FailedCell, GridCell, Sweep, SweepIndex, read_sweep
 from vitcompress.sweep.run import sweep
 
@@ -9,7 +8,6 @@ __all__ = [
     "GridCell",
     "Sweep",
     "SweepIndex",
-    "parse_seeds",
     "read_sweep",
     "sweep",
 ]

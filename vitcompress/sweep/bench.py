@@ -51,6 +51,7 @@ class Bench:
             calibration,
             engine=self.engine,
             model_digest=origin.model_digest,
+            expected=self.shared.logits(calibration),
         )
         reference = self.shared.logits(images)
         recorder = Recorder(compressed.graph.logits)

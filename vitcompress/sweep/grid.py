@@ -105,4 +105,5 @@ def _scheme(text: str) -> Scheme:
     except ConfigError as error:
         close = difflib.get_close_matches(text.strip().upper(), _ALL_SCHEMES, n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"schemes: '{text}': {error}{hint}") from error
+        reason = str(error).removeprefix("scheme: ")
+        raise ConfigError(f"schemes: '{text}': {reason}{hint}") from error

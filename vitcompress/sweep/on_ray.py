@@ -102,7 +102,7 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
         settings |= {"num_cpus": jobs or os.cpu_count(), "include_dashboard": False}
     try:
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a node that does not start raises the bare type
         raise ConfigError(
             f"address: Ray does not answer at {address or 'this machine'}: "
             f"{str(error).strip().splitlines()[0]}"

@@ -204,12 +204,12 @@ def _shared(
     shared = SharedFiles(folder.work)
     shared.write_graph(graph)
     identity = {"model": origin.model_digest, "versions": origin.versions}
+    evaluated = shared.write_images(images, origin.evaluation)
+    logits = shared.write_logits(graph, evaluated, folder.reference, identity)
     for source, known in calibration:
         stored = shared.write_images(source, known)
         shared.write_logits(graph, stored, folder.reference, identity)
-    stored = shared.write_images(images, origin.evaluation)
-    logits = shared.write_logits(graph, stored, folder.reference, identity)
-    return Outcomes.of(logits, logits, stored.labels)
+    return Outcomes.of(logits, logits, evaluated.labels)
 
 
 def _present(

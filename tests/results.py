@@ -143,7 +143,7 @@ def make_report(
     images: int,
 ) -> CompressionReport:
     bits = int(scheme[1])
-    share = 100.0 * right / images
+    share = 100.0 * right / max(images, 1)
     return CompressionReport(
         model=model,
         recipe=recipe,

@@ -75,6 +75,13 @@ def test_seeds_of_a_cell_come_together_in_order():
     assert [[r.origin.seed for r in group] for group in cells.values()] == [[0, 2], [0, 2]]
 
 
+def test_result_about_no_image_is_refused():
+    with pytest.raises(
+        InputError, match=r"toy / W4A4 / repq_vit, seed 0: was evaluated on no"
+    ):
+        cells_of([make_result(images=0, labelled=())])
+
+
 def test_figures_by_hand():
     group = [
         make_result(wrong=range(10), images=100, size_bytes=300, latency_ratio=2.0),

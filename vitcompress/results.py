@@ -92,8 +92,8 @@ def cells_of(results: Sequence[Result]) -> dict[CellName, tuple[Result, ...]]:
     """Return the results of each cell in the order of their seeds.
 
     Raises:
-        InputError: One is there twice, or results of one model are about different weights
-            or images.
+        InputError: One is there twice or is about no image, or results of one model are about
+            different weights or images.
     """
     groups: dict[CellName, dict[int, Result]] = {}
     first: dict[str, Result] = {}
@@ -101,6 +101,8 @@ def cells_of(results: Sequence[Result]) -> dict[CellName, tuple[Result, ...]]:
         origin = result.origin
         name = CellName(origin.model, origin.scheme, origin.recipe)
         known = first.setdefault(origin.model, result)
+        if not origin.evaluation.ids:
+            raise InputError(f"{name}, seed {origin.seed}: was evaluated on no image")
         if origin.model_digest != known.origin.model_digest:
             raise InputError(
                 f"{name}, seed {origin.seed}: model digest {_short(origin.model_digest)}, but "

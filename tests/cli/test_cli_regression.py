@@ -97,6 +97,11 @@ def test_missing_cells_fail_by_name(vitcompress, sweep):
         (5, ("baseline.yaml", "--baseline", "baseline.yaml"), "is it a result of a sweep?"),
         (2, ("sweep", "--baseline", "baseline.yaml", "--json", "."), "is a directory"),
         (2, ("sweep", "--baseline", "sweep", "--update-baseline"), "sweep: cannot be read"),
+        (
+            2,
+            ("sweep", "--baseline", "baseline.yaml", "--update-baseline", "--json", "x"),
+            "--update-baseline judges nothing; leave out",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(vitcompress, sweep, code, arguments, words):
@@ -157,3 +162,33 @@ def test_compare_of_a_missing_file_is_told_in_one_line(vitcompress):
     found = vitcompress("compare", "a.json", "b.json")
 
     assert (found.code, found.err.strip()) == (5, "error: a.json: file is missing")
+
+
+def test_report_writes_its_files(vitcompress, sweep, tmp_path):
+    found = vitcompress(
+        *("report", "sweep", "-o", "out/report.html"),
+        *("--markdown", "out/report.md", "--csv", "out/report.csv"),
+    )
+
+    assert found.code == 0
+    assert "wrote out/report.html" in found.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("report.html", "report.md", "report.csv"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "words"),
+    [
+        (2, ("sweep",), "Missing option '--output'"),
+        (2, ("sweep", "-o", "sweep"), "sweep: is a directory; name a file in it"),
+        (5, ("nowhere", "-o", "r.html"), "nowhere: holds no sweep.json"),
+        (5, ("sweep", "-o", "r.html", "--analysis", "a.json"), "a.json: cannot be read"),
+    ],
+)
+def test_mistakes_of_report_are_told_in_one_line(vitcompress, sweep, code, arguments, words):
+    found = vitcompress("report", *arguments)
+
+    assert found.code == code
+    assert words in found.err
+    assert "Traceback" not in found.err

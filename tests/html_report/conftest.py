@@ -1,6 +1,8 @@
 import pytest
-from results import make_result, make_sites, write_sweep
+from results import DIGEST, make_result, make_sites, write_sweep
 
+from vitcompress.analyze import Analysis, AnalysisEntry, Distance
+from vitcompress.result import ImageSet
 from vitcompress.sweep import read_sweep
 
 
@@ -43,3 +45,50 @@ def named(tmp_path_factory):
         versions={"<b>lib</b>": "\x1b[31m1.0"},
     )
     return read_sweep(write_sweep(folder, [result]))
+
+
+@pytest.fixture(scope="session")
+def analysis():
+    """An analysis of the model of ``swept``: two blocks, and two of their sites."""
+    images = ImageSet(source="16 images", ids=tuple("ab"), digest="a0" * 32)
+
+    def distance(kl):
+        return Distance(mean_kl=kl, logits_sqnr_db=-10 * kl, agreement_percent=100 - 50 * kl)
+
+    units = [
+        ("blocks.1", "block", 1.5),
+        ("blocks.0", "block", 0.5),
+        ("blocks.1.fc2:input", "site", 1.25),
+        ("<i>blocks.1.fc1</i>:input", "site", 0.25),
+    ]
+    entries = tuple(
+        AnalysisEntry(
+            unit=unit,
+            level=level,
+            sites=(unit,),
+            formats=("u4 per_tensor",),
+            distance=distance(kl),
+            kl_rank=1 + number % 2,
+            sqnr_rank=1 + number % 2,
+        )
+        for number, (unit, level, kl) in enumerate(units)
+    )
+    return Analysis(
+        model="toy",
+        model_digest=DIGEST,
+        recipe="repq_vit-w4a4",
+        scheme="W4A4",
+        resolved_recipe="name: repq_vit\n",
+        seed=0,
+        mode="only",
+        by="site",
+        calibration=images,
+        images=images,
+        all_on=distance(1.75),
+        all_off=distance(0.0),
+        entries=entries,
+        not_measured=("blocks.0.fc1:input",),
+        budget_seconds=5.0,
+        seconds=5.5,
+        versions={},
+    )

@@ -10,6 +10,7 @@ from vitcompress.errors import InputError
 from vitcompress.html_report import to_csv, to_markdown
 from vitcompress.html_report.content import (
     cell_figures,
+    harm_table,
     left_alone,
     metric_of,
     pareto_front,
@@ -17,6 +18,7 @@ from vitcompress.html_report.content import (
     sites_table,
     worst_sites,
     worst_table,
+    worst_units,
 )
 from vitcompress.sweep import read_sweep
 
@@ -106,6 +108,16 @@ def test_worst_sites_are_few_measured_and_in_order(cells):
     assert all(site.role != "weight" for site in sites)
     assert worst_table(cells[0].report).rows[0][:4] == (
         *("blocks.2.fc2:input", "31.0", "-3.5 to 2", "0.7"),
+    )
+
+
+def test_harm_is_that_of_the_finest_level(analysis):
+    blocks = analysis.model_copy(update={"entries": analysis.entries[:2]})
+
+    assert [entry.level for entry in worst_units(analysis)] == ["site", "site"]
+    assert [entry.unit for entry in worst_units(blocks)] == ["blocks.1", "blocks.0"]
+    assert harm_table(analysis).rows[0] == (
+        *("blocks.1", "block", "u4 per_tensor", "1.5", "-15.0", "25.00"),
     )
 
 

@@ -232,6 +232,38 @@ def test_network_without_sites_is_drawn(tmp_path):
     assert to_html(sweep).count("<figure>") == 4
 
 
+def test_analyses_are_shown(tmp_path, analysis):
+    sweep = read_sweep(write_sweep(tmp_path / "sweep", [make_result()]))
+    other = analysis.model_copy(update={"mode": "except", "not_measured": (), "by": "block"})
+
+    outline = Outline(to_html(sweep, [analysis, other]))
+
+    said = " ".join(text for _, text in outline.texts)
+    identifiers = [attrs["id"] for _, attrs, _ in outline.elements if "id" in attrs]
+    assert outline.unbalanced == []
+    assert outline.all("i") == []
+    assert len(identifiers) == len(set(identifiers))
+    for words in (
+        "What does the harm",
+        "repq_vit-w4a4, site by site",
+        "Each unit quantized alone; 2 images; not measured: 1. All quantized: KL 1.75",
+        "repq_vit-w4a4, block by block",
+        "Everything quantized but one unit",
+        "blocks.1.fc2:input",
+        "<i>blocks.1.fc1</i>:input",
+    ):
+        assert words in said
+
+
+def test_analysis_of_another_model_is_refused(swept, analysis):
+    other = analysis.model_copy(update={"model_digest": "ab" * 32})
+
+    with pytest.raises(
+        InputError, match=r"about another model \(digest abababababab, expected"
+    ):
+        to_html(swept, [other])
+
+
 def test_files_are_written_whole(tmp_path):
     sweep = read_sweep(write_sweep(tmp_path / "sweep", [make_result()]))
     output, markdown, csv = (

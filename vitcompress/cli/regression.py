@@ -7,10 +7,12 @@ import typer
 from rich.markup import escape
 
 from vitcompress import verdict_tables
+from vitcompress.analyze import read_analysis
 from vitcompress.artifact.files import check_file_writable
 from vitcompress.cli.application import app
 from vitcompress.cli.options import Json, write_json, write_text
 from vitcompress.compare import compare as compare_results
+from vitcompress.errors import ConfigError
 from vitcompress.gate import judge, read_baseline, to_junit, to_markdown, update_baseline
 from vitcompress.html_report import write_report
 from vitcompress.results import read_results
@@ -40,14 +42,20 @@ def gate(
     ] = None,
 ) -> None:
     """Hold results to accepted figures; exit code 3 if one has moved."""
+    files = (json_, junit, markdown)
+    if update_baseline_ and (accept_improvement or any(files)):
+        raise ConfigError(
+            "--update-baseline judges nothing; leave out --accept-improvement, --json, "
+            "--junit and --markdown"
+        )
+    for path in files:
+        if path is not None:
+            check_file_writable(path)
     results = read_results(result)
     if update_baseline_:
         done = update_baseline(baseline, results.found)
         verdict_tables.print_update(out, str(baseline), {**results.missing, **done})
         return
-    for path in (json_, junit, markdown):
-        if path is not None:
-            check_file_writable(path)
     report = judge(
         results.found,
         read_baseline(baseline),
@@ -87,10 +95,15 @@ def report(
     csv: Annotated[
         Path | None, typer.Option(help="Write a line for each cell and seed to this file")
     ] = None,
+    analysis: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON file of vitcompress analyze to show as well; repeatable"),
+    ] = None,
 ) -> None:
     """Draw a sweep: one page that needs nothing else."""
     for path in (output, markdown, csv):
         if path is not None:
             check_file_writable(path)
-    write_report(read_sweep(sweep), output, markdown=markdown, csv=csv)
+    analyses = [read_analysis(path) for path in analysis or ()]
+    write_report(read_sweep(sweep), output, markdown=markdown, csv=csv, analyses=analyses)
     out.print(f"wrote {escape(str(output))}", soft_wrap=True)

@@ -1,9 +1,11 @@
 """A sweep as one page that needs nothing else, and as Markdown and CSV."""
 
 import importlib.util
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from vitcompress.analyze import Analysis
 from vitcompress.artifact import write_file
 from vitcompress.errors import ConfigError, InputError
 from vitcompress.html_report.plain import to_csv, to_markdown
@@ -15,7 +17,12 @@ _LIBRARIES = ("matplotlib", "jinja2")
 
 
 def write_report(
-    sweep: Sweep, output: Path, *, markdown: Path | None = None, csv: Path | None = None
+    sweep: Sweep,
+    output: Path,
+    *,
+    markdown: Path | None = None,
+    csv: Path | None = None,
+    analyses: Sequence[Analysis] = (),
 ) -> None:
     """Write the report of a sweep; each file whole or not at all.
 
@@ -24,12 +31,13 @@ def write_report(
         output: HTML page.
         markdown: The same tables as Markdown, if wanted.
         csv: The figures of every cell and seed, if wanted.
+        analyses: Of the same model, to be shown on the page.
 
     Raises:
         ConfigError: The libraries that draw are not installed, or a file cannot be written.
-        InputError: There is no result, or results do not belong together.
+        InputError: There is no result, or results and analyses do not belong together.
     """
-    text = to_html(sweep)
+    text = to_html(sweep, analyses)
     texts = {output: text}
     if markdown is not None:
         texts[markdown] = to_markdown(sweep)
@@ -39,12 +47,12 @@ def write_report(
         write_file(path, partial(_write, content))
 
 
-def to_html(sweep: Sweep) -> str:
+def to_html(sweep: Sweep, analyses: Sequence[Analysis] = ()) -> str:
     """Return the page.
 
     Raises:
         ConfigError: The libraries that draw are not installed.
-        InputError: There is no result, or results do not belong together.
+        InputError: There is no result, or results and analyses do not belong together.
     """
     absent = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if absent:
@@ -53,9 +61,16 @@ def to_html(sweep: Sweep) -> str:
         )
     if not sweep.results:
         raise InputError(f"{sweep.folder}: has no results yet; sweep at least one cell")
+    for analysis in analyses:
+        if analysis.model_digest != sweep.index.model_digest:
+            raise InputError(
+                f"the analysis of {analysis.model}, {analysis.recipe} is about another model "
+                f"(digest {analysis.model_digest[:12]}, expected "
+                f"{sweep.index.model_digest[:12]}); analyze the model of the sweep"
+            )
     from vitcompress.html_report.page import render
 
-    return render(sweep)
+    return render(sweep, analyses)
 
 
 def _write(text: str, path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vitcompress.analyze import Analysis, AnalysisEntry
 from vitcompress.numerics.paired import mean_interval
 from vitcompress.recipe import Scheme
 from vitcompress.report import CompressionReport, SiteEntry
@@ -17,6 +18,7 @@ __all__ = [
     "Share",
     "Table",
     "cell_figures",
+    "harm_table",
     "left_alone",
     "metric_of",
     "pareto_front",
@@ -24,9 +26,11 @@ __all__ = [
     "sites_table",
     "worst_sites",
     "worst_table",
+    "worst_units",
 ]
 
 WORST = 8
+UNITS = 20
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ def cell_figures(sweep: Sweep) -> list[CellFigures]:
         _figures(name, group)
         for name, group in cells_of(tuple(sweep.results.values())).items()
     ]
-    order = {recipe: place for place, recipe in enumerate(sweep.index.recipes)}
-    return sorted(found, key=lambda c: (order[c.name.recipe], *_width(c.name.scheme)))
+    recipes = list(dict.fromkeys(cell.name.recipe for cell in found))
+    return sorted(found, key=lambda c: (recipes.index(c.name.recipe), *_width(c.name.scheme)))
 
 
 def _figures(name: CellName, group: Sequence[Result]) -> CellFigures:
@@ -250,6 +254,38 @@ def sites_table(report: CompressionReport) -> Table:
         rows,
         frozenset({3, 4}),
     )
+
+
+def harm_table(analysis: Analysis) -> Table:
+    """Return every unit that was measured, in the order of the analysis."""
+    rows = tuple(
+        (
+            entry.unit,
+            entry.level,
+            ", ".join(entry.formats),
+            f"{entry.distance.mean_kl:.3g}",
+            f"{entry.distance.logits_sqnr_db:.1f}",
+            f"{entry.distance.agreement_percent:.2f}",
+        )
+        for entry in analysis.entries
+    )
+    return Table(
+        "Every unit that was measured, most harmful first",
+        ("unit", "level", "formats", "mean KL", "logits SQNR dB", "agrees with float %"),
+        rows,
+        frozenset({3, 4, 5}),
+    )
+
+
+def worst_units(analysis: Analysis) -> list[AnalysisEntry]:
+    """Return the units with most to say of the finest level measured, the first ones first.
+
+    Quantized alone, those far from the float model did the harm; left in float alone, those
+    that brought the model near to it did.
+    """
+    levels = [entry.level for entry in analysis.entries]
+    finest = next((n for n in ("site", "layer", "block") if n in levels), None)
+    return [entry for entry in analysis.entries if entry.level == finest][:UNITS]
 
 
 def worst_sites(report: CompressionReport) -> list[SiteEntry]:

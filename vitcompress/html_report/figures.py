@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, NullFormatter
 
+from vitcompress.analyze import Analysis
 from vitcompress.html_report.content import (
     CellFigures,
     float_share,
@@ -16,6 +17,7 @@ from vitcompress.html_report.content import (
     schemes_of,
     share_of,
     worst_sites,
+    worst_units,
 )
 from vitcompress.html_report.drawing import (
     AXIS,
@@ -31,7 +33,14 @@ from vitcompress.html_report.drawing import (
 from vitcompress.report import CompressionReport, SiteEntry
 from vitcompress.sweep import Sweep
 
-__all__ = ["accuracy_by_scheme", "accuracy_by_size", "bit_strips", "noise_bars", "range_plot"]
+__all__ = [
+    "accuracy_by_scheme",
+    "accuracy_by_size",
+    "bit_strips",
+    "harm_bars",
+    "noise_bars",
+    "range_plot",
+]
 
 LABELS = {"top1": "top-1 accuracy, %", "agreement": "agreement with float, %"}
 MARKERS = "osD^vPX"
@@ -267,6 +276,32 @@ def range_plot(report: CompressionReport, slug: str) -> str:
             "A bar from the least to the greatest value of each, in multiples of its root "
             "mean square; dotted lines stand at one to each side. Long bars are ruled by "
             "outliers. The table below has the numbers.",
+        )
+
+
+def harm_bars(analysis: Analysis, slug: str) -> str:
+    """Return the KL divergence that the most harmful units cause, or leave when spared."""
+    entries = worst_units(analysis)
+    with drawing(26 * len(entries) + 44) as figure:
+        plot = axes(figure)
+        for number, entry in enumerate(entries):
+            plot.barh(-number, entry.distance.mean_kl, height=0.34, color=SERIES[0])
+            plot.text(
+                0.0,
+                -number + 0.25,
+                _short(entry.unit),
+                fontsize=9,
+                transform=plot.get_yaxis_transform(),
+            )
+        plot.set_ylim(-len(entries) + 0.6, 0.9)
+        plot.set_yticks([])
+        plot.spines["left"].set_visible(False)
+        plot.set_xlabel("mean KL divergence from the float model, nats")
+        return to_svg(
+            figure,
+            slug,
+            "Harm of the most harmful units",
+            "One bar for each unit, most harmful first. The table below has all of them.",
         )
 
 

@@ -1,18 +1,20 @@
 """The page of a sweep: one HTML text with its style and drawings inside."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from vitcompress.analyze import Analysis
 from vitcompress.html_report import figures
 from vitcompress.html_report.content import (
     CellFigures,
     Table,
     cell_figures,
+    harm_table,
     left_alone,
-    metric_of,
     shares_table,
     sites_table,
     worst_sites,
@@ -53,7 +55,7 @@ class CellPage:
     recipe: str
 
 
-def render(sweep: Sweep) -> str:
+def render(sweep: Sweep, analyses: Sequence[Analysis] = ()) -> str:
     """Return the page of a sweep with at least one result.
 
     Raises:
@@ -73,8 +75,8 @@ def render(sweep: Sweep) -> str:
         model=sweep.index.model,
         evaluation=sweep.index.evaluation,
         seeds=sweep.index.seeds,
-        metric=figures.LABELS[metric_of(cells)],
         curves=_curves(cells, sweep),
+        harm=[_harm(analysis, number) for number, analysis in enumerate(analyses)],
         cells=[_cell_page(cell, number) for number, cell in enumerate(cells)],
         failed=failed if failed.rows else None,
         provenance=provenance_table(sweep),
@@ -122,6 +124,23 @@ def _bits_table(cells: list[CellFigures]) -> Table:
             shown = ", ".join(f"{n} of {b}" for b, n in sorted(counts.items()))
             rows.append((cell.name.recipe, cell.name.scheme, what, shown))
     return Table("Sites by width", ("recipe", "scheme", "what", "sites"), tuple(rows))
+
+
+def _harm(analysis: Analysis, number: int) -> Figure:
+    what = (
+        "Each unit quantized alone"
+        if analysis.mode == "only"
+        else "Everything quantized but one unit; the less is left, the more harm it did"
+    )
+    missing = len(analysis.not_measured)
+    left = f"; not measured: {missing}" if missing else ""
+    return Figure(
+        f"{analysis.recipe}, {analysis.by} by {analysis.by}",
+        f"{what}; {len(analysis.images.ids)} images{left}. All quantized: KL "
+        f"{analysis.all_on.mean_kl:.4f}.",
+        Markup(figures.harm_bars(analysis, f"harm{number}")),
+        harm_table(analysis),
+    )
 
 
 def _cell_page(cell: CellFigures, number: int) -> CellPage:

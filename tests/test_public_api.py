@@ -79,6 +79,18 @@ PUBLIC = {
         "Verification",
         "export_onnx",
     ],
+    "vitcompress.gate": [
+        "Baseline",
+        "CellVerdict",
+        "GateReport",
+        "MetricVerdict",
+        "judge",
+        "read_baseline",
+        "to_junit",
+        "to_markdown",
+        "update_baseline",
+    ],
+    "vitcompress.html_report": ["to_csv", "to_html", "to_markdown", "write_report"],
     "vitcompress.graph": [
         "CapturedGraph",
         "OutputDict",

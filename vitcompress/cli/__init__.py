@@ -19,6 +19,7 @@ from vitcompress.cli import (  # noqa: F401
     demo,
     deployment,
     recipes,
+    regression,
     sweeping,
 )
 from vitcompress.cli.application import app

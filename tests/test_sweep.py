@@ -17,7 +17,7 @@ from vitcompress.errors import ConfigError, InputError
 from vitcompress.evaluate import evaluate
 from vitcompress.recipe import Scheme, load_recipe
 from vitcompress.result import read_result
-from vitcompress.sweep import read_sweep, run, shared
+from vitcompress.sweep import grid, read_sweep, run, shared
 from vitcompress.sweep.bench import Bench
 from vitcompress.sweep.grid import parse_schemes, parse_seeds, planned_recipes
 
@@ -551,3 +551,23 @@ def test_wrong_setting_is_refused_before_any_work(sweep, tmp_path, settings, rea
         sweep(tmp_path / "sweep", **settings)
 
     assert not (tmp_path / "sweep").exists()
+
+
+def test_one_word_may_stand_for_recipes_of_several_names(monkeypatch):
+    monkeypatch.setattr(
+        grid,
+        "load_recipe",
+        lambda word, scheme: load_recipe(
+            "deploy" if scheme.activation_bits == 8 else "repq_vit", scheme=scheme
+        ),
+    )
+
+    names, recipes = planned_recipes("best", [Scheme(8, 8), Scheme(4, 4)], [0, 1])
+
+    assert names == ("deploy", "repq_vit")
+    assert [(r.name, r.seed) for r in recipes] == [
+        ("deploy", 0),
+        ("repq_vit", 0),
+        ("deploy", 1),
+        ("repq_vit", 1),
+    ]

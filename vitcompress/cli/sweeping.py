@@ -142,6 +142,8 @@ def print_sweep(console: Console, sweep: Sweep) -> None:
     for recipe in index.recipes:
         for scheme in index.schemes:
             keys = [c.key for c in index.cells if (c.recipe, c.scheme) == (recipe, scheme)]
+            if not keys:
+                continue  # a word that stands for another recipe at this width
             results = [sweep.results[key] for key in keys if key in sweep.results]
             table.add_row(
                 escape(recipe), scheme, *_figures(results), f"{len(results)}/{len(keys)}"

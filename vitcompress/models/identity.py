@@ -26,7 +26,10 @@ __all__ = ["computing_versions", "model_digest"]
 #: Libraries that take part in a result. A class of theirs is known by name and version.
 LIBRARIES = ("torch", "numpy", "pillow", "timm", "torchvision", "transformers", "vitcompress")
 #: Modules of this package that no result of quantization and evaluation passes through.
-_BESIDE = ("analyze", "arguments", "benchmark", "cli", "compare", "export", "gate", "speed")
+_BESIDE = (
+    *("analyze", "arguments", "benchmark", "cli", "compare", "export", "gate", "html_report"),
+    *("speed", "terminal", "verdict_tables", "__main__"),
+)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -118,11 +121,7 @@ def _source_digest() -> str:
     total = hashlib.sha256()
     for folder in (root, root.parent / "calib"):
         for path in sorted(folder.rglob("*.py")):
-            if path.relative_to(folder).parts[0].removesuffix(".py") not in (
-                *_BESIDE,
-                "terminal",
-                "__main__",
-            ):
+            if path.relative_to(folder).parts[0].removesuffix(".py") not in _BESIDE:
                 total.update(str(path.relative_to(folder.parent)).encode())
                 total.update(path.read_bytes())
     return total.hexdigest()[:16]

@@ -77,16 +77,17 @@ def planned_recipes(
     """
     origins: dict[str, str | Path] = {}
     cells: list[Recipe] = []
-    words = dict.fromkeys(_words(recipes))
-    for word in words:
+    for word in dict.fromkeys(_words(recipes)):
         widths = [load_recipe(word, scheme=scheme) for scheme in schemes]
-        name = widths[0].name
-        if name in origins:
-            raise ConfigError(
-                f"recipes: {origins[name]} and {word} are both called '{name}'; give each "
-                "file a name of its own"
-            )
-        origins[name] = word
+        # One word may stand for recipes of several names, by width.
+        names = dict.fromkeys(recipe.name for recipe in widths)
+        for name in names:
+            if name in origins:
+                raise ConfigError(
+                    f"recipes: {origins[name]} and {word} are both called '{name}'; give each "
+                    "file a name of its own"
+                )
+        origins |= dict.fromkeys(names, word)
         cells += [dataclasses.replace(r, seed=seed) for seed in seeds for r in widths]
     if not cells:
         raise ConfigError("recipes: expected a list like deploy,repq_vit, found nothing")

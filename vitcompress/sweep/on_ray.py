@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vitcompress.errors import ConfigError
 from vitcompress.sweep.engines import Answer, Cell
 
-__all__ = ["compute_on_ray"]
+__all__ = ["compute_on_ray", "library"]
 
 #: How often a cell whose process was killed is tried again.
 RETRIES = 3
@@ -27,19 +27,15 @@ def compute_on_ray(
     cells: Sequence[Cell], folder: Path, *, jobs: int | None, address: str | None
 ) -> Generator[Answer, None, None]:
     """Yield answers as they come; see :func:`vitcompress.sweep.engines.map_cells`."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "engine: Ray is not installed; pip install 'vitcompress[ray]'"
-        ) from error
+    ray = library()
     started = not ray.is_initialized()
     if started:
         _connect(ray, address, jobs)
     try:
         processors = int(ray.cluster_resources().get("CPU", 1))
         count = min(jobs or processors, processors, len(cells))
-        files = ray.put(_packed(folder))
+        # In a list, an actor that is started again fetches them by itself.
+        files = [ray.put(_packed(folder))]
         actor_type = ray.remote(num_cpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(
             _Remote
         )
@@ -75,18 +71,34 @@ def compute_on_ray(
             ray.shutdown()
 
 
+def library() -> Any:
+    """Return the module of Ray.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "engine: Ray is not installed; pip install 'vitcompress[ray]'"
+        ) from error
+    return ray
+
+
 class _Remote:
     """A bench on some machine of the cluster."""
 
-    def __init__(self, files: dict[str, NDArray[np.uint8]]) -> None:
+    def __init__(self, files: list[Any]) -> None:
         from vitcompress.sweep.bench import Bench
 
+        content: dict[str, NDArray[np.uint8]] = library().get(files[0])
         torch.set_num_threads(1)
         self._folder = tempfile.TemporaryDirectory(prefix="vitcompress-")
-        for name, content in files.items():
+        for name, values in content.items():
             path = Path(self._folder.name) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            content.tofile(path)
+            values.tofile(path)
         self._bench = Bench(Path(self._folder.name))
 
     def compute(self, origin: dict[str, Any], command: str | None) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
     if address is None:
         settings |= {"num_cpus": jobs or os.cpu_count(), "include_dashboard": False}
     try:
-        ray.init(address=address, **settings)
+        ray.init(address=address or "local", **settings)
     except Exception as error:  # a node that does not start raises the bare type
         raise ConfigError(
             f"address: Ray does not answer at {address or 'this machine'}: "

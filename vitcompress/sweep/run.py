@@ -19,6 +19,7 @@ from vitcompress.result import ImageSet, Origin, Outcomes, Result, read_result
 from vitcompress.sweep.bench import peak_bytes
 from vitcompress.sweep.engines import ENGINES, Answer, Cell, map_cells
 from vitcompress.sweep.grid import parse_schemes, parse_seeds, planned_recipes
+from vitcompress.sweep.on_ray import library
 from vitcompress.sweep.records import FailedCell, GridCell, Sweep, SweepFolder, SweepIndex
 from vitcompress.sweep.shared import SharedFiles
 
@@ -134,6 +135,8 @@ def sweep(
 def _check(engine: str, address: str | None, jobs: int | None) -> None:
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {list(ENGINES)}, got '{engine}'")
+    if engine == "ray":
+        library()
     if address is not None and engine != "ray":
         raise ConfigError("address: is for the engine 'ray' alone")
     if jobs is not None and jobs < 1:

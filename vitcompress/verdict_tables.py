@@ -53,7 +53,7 @@ def print_gate(console: Console, report: GateReport) -> None:
 def _print_cells(console: Console, model: str, cells: Sequence[CellVerdict]) -> None:
     title = f"{escape(model)}, {cells[0].images} images"
     table = Table(title=title, title_justify="left")
-    table.add_column("cell, metric", overflow="fold")
+    table.add_column("cell, metric ± tolerance", overflow="fold")
     for column in ("baseline", "now", "difference", "95 % interval", "p", "won/lost"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -61,7 +61,8 @@ def _print_cells(console: Console, model: str, cells: Sequence[CellVerdict]) -> 
         seeds = f", {len(cell.seeds)} seeds" if len(cell.seeds) > 1 else ""
         table.add_row(f"[bold]{escape(f'{cell.scheme} {cell.recipe}{seeds}')}[/bold]")
         for metric in cell.metrics:
-            table.add_row(f"  {metric.metric}", *_figures(metric), _coloured(metric))
+            name = f"  {metric.metric} ± {metric.tolerance:g}"
+            table.add_row(name, *_figures(metric), _coloured(metric))
     console.print(table)
 
 

@@ -70,6 +70,7 @@ PUBLIC = {
         "Verification",
         "export_onnx",
     ],
+    "vitcompress.export.rewrites": ["REWRITES", "Rewritten", "rewritten"],
     "vitcompress.graph": [
         "CapturedGraph",
         "OutputDict",

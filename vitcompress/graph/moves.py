@@ -72,20 +72,24 @@ def sent_through(
         stored: Gives tensors by name; without it, a chain that reads one is unknown.
 
     Raises:
-        UnknownMoveError: An argument of the chain is neither stored, a number nor an extent.
+        UnknownMoveError: An argument of the chain depends on images, or on stored tensors
+            that are not given.
     """
     values: dict[fx.Node, Any] = {base: positions}
 
     def value_of(node: fx.Node) -> Any:
         if node in values:
             return values[node]
-        if stored is not None and node.op == "get_attr":
-            return stored(str(node.target))
-        return _extent(node)
+        if stored is None or not _is_constant(node):
+            return _extent(node)
+        return stored(str(node.target)) if node.op == "get_attr" else called(node)
+
+    def called(node: fx.Node) -> Any:
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
+        return node.target(*arguments, **keywords)  # type: ignore[operator]
 
     for node in chain:
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
-        values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        values[node] = called(node)
     found = values[chain[-1]] if chain else positions
     assert isinstance(found, Tensor)
     return found
@@ -156,6 +160,20 @@ def _ends_chain(node: fx.Node) -> bool:
     return any(not is_op(user, ops.REARRANGE) for user in node.users)
 
 
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a tensor is made of stored ones and extents alone."""
+    pending, seen = [node], {node}
+    while pending:
+        value = pending.pop()
+        if is_op(value, ops.SYM_SIZE):
+            continue
+        if value.op not in ("get_attr", "call_function"):
+            return False
+        pending += [source for source in value.all_input_nodes if source not in seen]
+        seen.update(value.all_input_nodes)
+    return "info" in node.meta
+
+
 def _extent(node: fx.Node) -> int:
     """Return the value of a node that computes an extent, at the probing batch."""
     if is_op(node, ops.SYM_SIZE):
@@ -166,4 +184,4 @@ def _extent(node: fx.Node) -> int:
         arguments = fx.map_arg(node.args, _extent)
         found: int = node.target(*arguments)  # type: ignore[operator]
         return found
-    raise UnknownMoveError(f"{node.name} is no extent")
+    raise UnknownMoveError(f"it depends on {node.name}")

@@ -71,7 +71,7 @@ class Lowering:
                 n for n in self.model.graph if (n.domain, n.op_type) == (domain, kind)
             ]:
                 lower(node)
-        self._drop_dead_nodes()
+            self._drop_dead_nodes()  # they are no readers of what comes next
         self.model.opset_imports.pop(DOMAIN, None)
 
     # Linear layers

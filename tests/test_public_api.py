@@ -79,6 +79,7 @@ PUBLIC = {
         "Verification",
         "export_onnx",
     ],
+    "vitcompress.export.rewrites": ["REWRITES", "Rewritten", "rewritten"],
     "vitcompress.gate": [
         "Baseline",
         "CellVerdict",

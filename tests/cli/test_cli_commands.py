@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from finished import TINY
+from onnx_files import SEPARATE
 from safetensors.torch import load_file
 from tiny import images
 
@@ -243,13 +244,24 @@ def test_export_prints_what_the_runtime_did(export):
     assert export.code == 0
     assert (entry["execution"], entry["integer_linears"], entry["linears"]) == (
         "executed",
-        9,
-        9,
+        len(SEPARATE),
+        len(SEPARATE),
     )
+    # Patches; query, key, value of both blocks; the patches' way to tokens; the class token.
+    assert entry["rewrites"] == {
+        "linear_patches": 1,
+        "simplify_moves": 1,
+        "separate_projections": 2,
+        "keep_needed_rows": 4,
+    }
     assert entry["images"] == 8
     assert export.path.stat().st_size == entry["size_bytes"]
     printed = " ".join(export.out.split())
-    for words in ("executed in onnxruntime", "integer linears 9 of 9", f"wrote {export.path}"):
+    for words in (
+        "executed in onnxruntime",
+        "integer linears 14 of 14",
+        f"wrote {export.path}",
+    ):
         assert words in printed
 
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 from finished import quantized
+from onnx_files import GEMM, written_graph
 from tiny import images
 
-from vitcompress.export.onnx import exporter
+from vitcompress.export.onnx import TARGETS, exporter
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def models(vit_graph, source):
 
 @pytest.fixture(scope="session")
 def export(models, tmp_path_factory):
-    """Return a file, with its model and result, of a recipe, a scheme and a target."""
+    """Return a file of a recipe, a scheme and a target: path, model, written graph, result."""
     traced = cache(lambda graph, **options: exporter_marked_model(graph, **options))
     exporter_marked_model = exporter.marked_model
 
@@ -35,7 +36,9 @@ def export(models, tmp_path_factory):
                 "marked_model",
                 lambda graph, **options: traced(graph, **options).clone(),
             )
+            patch.setitem(TARGETS, GEMM.name, GEMM)
             result = model.export_onnx(path, target=target, images=images(64, seed=7))
-        return SimpleNamespace(model=model, path=path, result=result)
+        graph = written_graph(model, target)
+        return SimpleNamespace(model=model, graph=graph, path=path, result=result)
 
     return export

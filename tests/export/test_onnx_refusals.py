@@ -4,7 +4,7 @@ import ast
 import json
 import os
 import stat
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ import onnx
 import pytest
 from finished import quantized
 from onnx import TensorProto, helper, numpy_helper
+from onnx_files import GEMM
 from tiny import images
 
 from vitcompress import Recipe
@@ -20,6 +21,7 @@ from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
 from vitcompress.export.onnx.verify import verify as verify_file
+from vitcompress.export.rewrites import rewritten
 
 
 @pytest.fixture
@@ -29,13 +31,22 @@ def model(models):
 
 @pytest.fixture(scope="module")
 def trace(models):
-    return exporter.marked_model(models("deploy", "W8A8").graph, opset=21)
+    graph, marked_model = models("deploy", "W8A8").graph, exporter.marked_model
+
+    @cache
+    def trace(**options):
+        rewrites = options["fuse_attention"]  # both are of the target for onnxruntime
+        return marked_model(rewritten(graph).graph if rewrites else graph, **options)
+
+    return trace
 
 
 @pytest.fixture
 def traced(trace, monkeypatch):
     """Spare tests that look at what comes after tracing a trace of their own."""
-    monkeypatch.setattr(exporter, "marked_model", lambda *_, **__: trace.clone())
+    monkeypatch.setattr(
+        exporter, "marked_model", lambda _, **options: trace(**options).clone()
+    )
 
 
 def refusal(model, path, **settings):
@@ -107,10 +118,8 @@ def corrupt(monkeypatch, edit):
 
 def scale_of(graph, name, factor):
     (node,) = [n for n in graph.node if n.name == name]
-    made = {out: n for n in graph.node for out in n.output}
-    dequantize = made[node.input[1]]
     for tensor in graph.initializer:
-        if tensor.name == dequantize.input[1]:
+        if tensor.name == node.input[3]:  # of the weight
             values = (factor * numpy_helper.to_array(tensor)).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
@@ -157,9 +166,10 @@ def test_linear_that_falls_out_of_the_integer_kernels_is_counted(
         graph.initializer.append(numpy_helper.from_array(values, "plain"))
         node.input[2] = "plain"
 
+    monkeypatch.setitem(TARGETS, GEMM.name, GEMM)
     corrupt(monkeypatch, float_bias)
 
-    result = model.export_onnx(tmp_path / "m.onnx")
+    result = model.export_onnx(tmp_path / "m.onnx", target="gemm")
 
     found = result.verification
     assert (found.integer_linears, found.linears) == (8, 9)

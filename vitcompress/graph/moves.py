@@ -4,6 +4,7 @@ Reshape, permute, unbind, select and their kin are spelled in many ways. A tenso
 its own positions, sent through a chain, tells exactly what the chain does, in any spelling.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +37,16 @@ class UnknownMoveError(Exception):
 def moves_behind(value: fx.Node) -> list[fx.Node]:
     """Return the operations that only move values, in order, up to ``value``."""
     chain: list[fx.Node] = []
-    while is_op(value, ops.REARRANGE):
+    while _is_move(value):
         chain.append(value)
         value = node_argument(value, 0)
     return chain[::-1]
 
 
 def positions_of(node: fx.Node) -> Tensor:
-    """Return positions in the shape of a node's value, at the probing batch.
+    """Return positions in the shape of a node's value, at the probing batch, float64.
+
+    Whole numbers are exact in it, and some moves exist for floats alone.
 
     Raises:
         UnknownMoveError: An extent depends on the batch in another way than as a multiple.
@@ -51,7 +54,7 @@ def positions_of(node: fx.Node) -> Tensor:
     shape = probe_shape(info(node))
     if shape is None:
         raise UnknownMoveError("an extent depends on the batch in another way")
-    return torch.arange(torch.Size(shape).numel()).reshape(shape)
+    return torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
 
 
 def sent_through(
@@ -69,20 +72,24 @@ def sent_through(
         stored: Gives tensors by name; without it, a chain that reads one is unknown.
 
     Raises:
-        UnknownMoveError: An argument of the chain is neither stored, a number nor an extent.
+        UnknownMoveError: An argument of the chain depends on images, or on stored tensors
+            that are not given.
     """
     values: dict[fx.Node, Any] = {base: positions}
 
     def value_of(node: fx.Node) -> Any:
         if node in values:
             return values[node]
-        if stored is not None and node.op == "get_attr":
-            return stored(str(node.target))
-        return _extent(node)
+        if stored is None or not _is_constant(node):
+            return _extent(node)
+        return stored(str(node.target)) if node.op == "get_attr" else called(node)
+
+    def called(node: fx.Node) -> Any:
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
+        return node.target(*arguments, **keywords)  # type: ignore[operator]
 
     for node in chain:
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
-        values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        values[node] = called(node)
     found = values[chain[-1]] if chain else positions
     assert isinstance(found, Tensor)
     return found
@@ -125,8 +132,8 @@ def simplify_moves(captured: CapturedGraph) -> int:
     return count
 
 
-def probe_shape(entry: TensorInfo) -> tuple[int, ...] | None:
-    """Return the extents at the probing batch; ``None`` where one is not a multiple of it."""
+def probe_shape(entry: TensorInfo, batch: int = PROBE) -> tuple[int, ...] | None:
+    """Return the extents at a batch; ``None`` where one is not a multiple of it."""
     extents = []
     for extent in entry.shape:
         if isinstance(extent, int):
@@ -135,15 +142,36 @@ def probe_shape(entry: TensorInfo) -> tuple[int, ...] | None:
         factor, times, symbol = extent.rpartition("*")
         if symbol != "B" or (times and not factor.isdigit()):
             return None
-        extents.append(PROBE * int(factor or 1))
+        extents.append(batch * int(factor or 1))
     return tuple(extents)
+
+
+def _is_move(node: fx.Node) -> bool:
+    """Return whether a node moves values; one of several results is moved by a split alone."""
+    if is_op(node, ops.GETITEM):
+        return is_op(node.args[0], ops.UNBIND)
+    return is_op(node, ops.REARRANGE)
 
 
 def _ends_chain(node: fx.Node) -> bool:
     """Return whether a move yields one tensor that something else than a move reads."""
-    if not is_op(node, ops.REARRANGE) or "info" not in node.meta:
+    if not _is_move(node) or "info" not in node.meta:
         return False
     return any(not is_op(user, ops.REARRANGE) for user in node.users)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a tensor is made of stored ones and extents alone."""
+    pending, seen = [node], {node}
+    while pending:
+        value = pending.pop()
+        if is_op(value, ops.SYM_SIZE):
+            continue
+        if value.op not in ("get_attr", "call_function"):
+            return False
+        pending += [source for source in value.all_input_nodes if source not in seen]
+        seen.update(value.all_input_nodes)
+    return "info" in node.meta
 
 
 def _extent(node: fx.Node) -> int:
@@ -156,4 +184,4 @@ def _extent(node: fx.Node) -> int:
         arguments = fx.map_arg(node.args, _extent)
         found: int = node.target(*arguments)  # type: ignore[operator]
         return found
-    raise UnknownMoveError(f"{node.name} is no extent")
+    raise UnknownMoveError(f"it depends on {node.name}")

@@ -1,6 +1,5 @@
 """Query, key and value as columns of the projections that they come from."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ from torch import fx
 from vitcompress.graph import ops
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import info, node_argument
-from vitcompress.graph.moves import moves_behind, probe_shape, sent_through
+from vitcompress.graph.moves import moves_behind, positions_of, sent_through
 from vitcompress.graph.ops import is_op
 from vitcompress.graph.patterns import Attention
 
@@ -104,10 +103,9 @@ def _operand(
     """Return where ``[B, H, N, D]`` (key: ``[B, H, D, N]``) lies in a projection."""
     chain = moves_behind(value)
     base = node_argument(chain[0], 0) if chain else value
-    shape = probe_shape(info(base))
-    if shape is None or len(shape) != 3:
+    if len(info(base).shape) != 3:
         raise NotProjectedError(f"{base.name} is no projection of tokens")
-    positions = torch.arange(math.prod(shape)).reshape(shape)
+    positions = positions_of(base)
     found = sent_through(chain, base, positions)
     start = int(found.flatten()[0])
     for tokens_first in (False, True):

@@ -6,7 +6,6 @@ is spelled in many ways, so it is not matched: positions are sent through it, an
 the arrangement that fused attention applies itself.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +14,15 @@ from torch import Tensor, fx
 from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import constant_node, is_quantizer
 from vitcompress.graph.metadata import info, int_argument, module_path
-from vitcompress.graph.moves import (
-    PROBE,
-    UnknownMoveError,
-    positions_of,
-    probe_shape,
-    sent_through,
-)
+from vitcompress.graph.moves import PROBE, UnknownMoveError, positions_of, sent_through
 from vitcompress.graph.ops import is_op
 from vitcompress.graph.patterns import Attention, attentions
 from vitcompress.graph.projections import NotProjectedError, Operand, projected_operands
 
 __all__ = ["FusedAttention", "fusable_attentions", "place_attention"]
+
+#: Magnitude at which scores are tried as well: bounds on them show only there.
+LARGE_SCORES = 1e6
 
 
 @dataclass(frozen=True)
@@ -210,16 +206,18 @@ def _score_path(captured: CapturedGraph, core: Attention) -> tuple[float, Tensor
     path.pop()
     shape = positions_of(core.scores).shape
     generator = torch.Generator().manual_seed(0)
-    trial = torch.randn(shape, generator=generator)
-    none, one, found = (
+    small = torch.randn(shape, generator=generator)
+    trials = (small, LARGE_SCORES * small)
+    none, one, *found = (
         sent_through(path, core.scores, scores, captured.parameter)
-        for scores in (torch.zeros(shape), torch.ones(shape), trial)
+        for scores in (torch.zeros(shape), torch.ones(shape), *trials)
     )
     if none.shape != shape:
         raise _NotFusableError("its scores are arranged in another way")
     scale = float((one - none).flatten()[0])
-    if not torch.allclose(found, trial * scale + none, rtol=1e-4, atol=1e-4):
-        raise _NotFusableError("its scores are changed by more than a factor and a bias")
+    for scores, result in zip(trials, found, strict=True):
+        if not torch.allclose(result, scores * scale + none, rtol=1e-4, atol=1e-4):
+            raise _NotFusableError("its scores are changed by more than a factor and a bias")
     images = none.reshape(PROBE, -1, *shape[1:])
     if not torch.equal(images[0], images[1]):
         raise _NotFusableError("its bias differs between images")
@@ -231,10 +229,7 @@ def _score_path(captured: CapturedGraph, core: Attention) -> tuple[float, Tensor
 
 def _result(output: fx.Node) -> fx.Node:
     """Return the node that holds a core's result as ``[B, N, H E]``, or the core's own."""
-    shape = probe_shape(info(output))
-    if shape is None:
-        raise _NotFusableError("an extent depends on the batch in another way")
-    positions = torch.arange(math.prod(shape)).reshape(shape)
+    positions = positions_of(output)
     expected = positions.transpose(1, 2).flatten(2)
     chain: list[fx.Node] = []
     node = output

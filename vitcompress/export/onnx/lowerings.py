@@ -71,7 +71,7 @@ class Lowering:
                 n for n in self.model.graph if (n.domain, n.op_type) == (domain, kind)
             ]:
                 lower(node)
-        self._drop_dead_nodes()
+            self._drop_dead_nodes()  # they are no readers of what comes next
         self.model.opset_imports.pop(DOMAIN, None)
 
     # Linear layers
@@ -354,11 +354,14 @@ class Lowering:
         scale, point = self._activation_scale(quantizer, signed=signed)
         if quantizer.spec.bits < 8:
             value = self._clip(node, value, quantizer)
+        other = (marked, not signed) in self._codes  # a value may be both kinds of operand
         codes = self._add(
             node,
             "QuantizeLinear",
             [value, self._constant(scale), self._constant(point)],
-            name=quantizer.site,
+            name=f"{quantizer.site}:{'signed' if signed else 'unsigned'}"
+            if other
+            else quantizer.site,
             **axis_of(quantizer),
         )
         self._codes[marked, signed] = codes

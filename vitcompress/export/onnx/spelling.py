@@ -27,7 +27,7 @@ def quantize_early(model: ir.Model) -> int:
             continue
         chain: list[ir.Node] = []
         value = node.inputs[0]
-        while value is not None and _is_move(value) and len(list(value.uses())) == 1:
+        while value is not None and _is_move(value) and _is_read_once(value):
             producer = value.producer()
             assert producer is not None
             chain.append(producer)
@@ -53,6 +53,10 @@ def quantize_early(model: ir.Model) -> int:
 def _is_move(value: ir.Value) -> bool:
     node = value.producer()
     return node is not None and node.domain == "" and node.op_type in MOVES
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def sums_in_front_of_norms(model: ir.Model) -> int:

@@ -7,11 +7,12 @@ float wherever the runtime fuses no convolution between quantizers.
 
 from torch import fx
 
+from vitcompress.export.rewrites.copies import call_copy, quantizer_of
 from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import TensorInfo, info, node_argument
 from vitcompress.graph.ops import is_op
-from vitcompress.quantizers import PerChannel, PerTensor, Quantizer
+from vitcompress.quantizers import PerChannel, PerTensor
 
 __all__ = ["linear_patches"]
 
@@ -41,7 +42,7 @@ def _is_patching(captured: CapturedGraph, node: fx.Node) -> bool:
     image, weight = given["image"], given["weight"]
     if not (isinstance(image, fx.Node) and isinstance(weight, fx.Node)):
         return False
-    if not (_is_quantized(captured, image) and _is_quantized(captured, weight)):
+    if not (_has_one_scale(captured, image) and _is_stored_alone(captured, weight)):
         return False
     stored = captured.parameter(str(node_argument(weight, 0).target))
     kernel, extents = list(stored.shape[2:]), info(image).shape[2:]
@@ -56,17 +57,27 @@ def _is_patching(captured: CapturedGraph, node: fx.Node) -> bool:
     )
 
 
-def _is_quantized(captured: CapturedGraph, node: fx.Node) -> bool:
-    """Return whether a value has one scale, or a stored weight one for each row at most."""
-    if not is_quantizer(node):
+def _has_one_scale(captured: CapturedGraph, node: fx.Node) -> bool:
+    """Return whether a value is quantized with one scale."""
+    return (
+        is_quantizer(node) and type(quantizer_of(captured, node).spec.granularity) is PerTensor
+    )
+
+
+def _is_stored_alone(captured: CapturedGraph, node: fx.Node) -> bool:
+    """Return whether a value is a stored weight of this node, with a scale a row at most."""
+    if not is_quantizer(node) or not quantizer_of(captured, node).frozen:
         return False
-    quantizer = captured.module.get_submodule(str(node.target))
-    assert isinstance(quantizer, Quantizer)
-    granularity = quantizer.spec.granularity
-    if not quantizer.frozen:
-        return type(granularity) is PerTensor
+    granularity = quantizer_of(captured, node).spec.granularity
     rows = isinstance(granularity, PerChannel) and granularity.axis == 0
-    return type(granularity) is PerTensor or rows
+    target = str(node_argument(node, 0).target)
+    readers = [
+        user
+        for stored in captured.graph.find_nodes(op="get_attr", target=target)
+        for user in stored.users
+    ]
+    alone = readers == [node] and len(node.users) == 1
+    return alone and (rows or type(granularity) is PerTensor)
 
 
 def _replace(captured: CapturedGraph, node: fx.Node) -> None:
@@ -87,7 +98,14 @@ def _replace(captured: CapturedGraph, node: fx.Node) -> None:
         parts = captured.graph.call_function(ops.reshape, (image, grid))
         moved = captured.graph.call_function(ops.permute, (parts, [0, 2, 4, 1, 3, 5]))
         patches = captured.graph.call_function(ops.reshape, (moved, [-1, height * width, row]))
-        value = captured.graph.call_module(str(quantized.target), (patches,))
+    patches.meta["info"] = TensorInfo((batch, height * width, row), dtype)
+    if len(quantized.users) > 1:  # another reader wants it as an image
+        site = f"{quantizer_of(captured, quantized).site}:patches"
+        value = call_copy(captured, node, quantized, patches, site)
+    else:
+        with captured.graph.inserting_before(node):
+            value = captured.graph.call_module(str(quantized.target), (patches,))
+    with captured.graph.inserting_before(node):
         product = captured.graph.call_function(ops.linear, (value, weight, *node.args[2:3]))
         tokens = captured.graph.call_function(
             ops.reshape, (product, [-1, height, width, rows])
@@ -105,6 +123,7 @@ def _replace(captured: CapturedGraph, node: fx.Node) -> None:
     for new, shape in shapes:
         new.meta = {**node.meta, "info": TensorInfo(shape, dtype)}
     node.replace_all_uses_with(result)
+    captured.graph.erase_node(node)
 
 
 def _pair(value: object) -> list[int]:

@@ -4,18 +4,24 @@ A projection that yields all three is cut apart by its rows: each part then leav
 in the layout that attention wants, and nothing has to be split or copied behind it.
 """
 
-import copy
+import contextlib
 
 from torch import fx
 
+from vitcompress.export.rewrites.copies import call_copy, quantizer_of
 from vitcompress.graph import CapturedGraph, ops
-from vitcompress.graph.edit import constant_node, is_quantizer, quantizer_target
+from vitcompress.graph.edit import constant_node, is_quantizer
 from vitcompress.graph.metadata import TensorInfo, info, module_path, node_argument
 from vitcompress.graph.moves import UnknownMoveError
 from vitcompress.graph.ops import is_op
 from vitcompress.graph.patterns import attentions
-from vitcompress.graph.projections import NotProjectedError, Operand, projected_operands
-from vitcompress.quantizers import PerChannel, PerGroup, Quantizer
+from vitcompress.graph.projections import (
+    NotProjectedError,
+    Operand,
+    ProjectedOperands,
+    projected_operands,
+)
+from vitcompress.quantizers import PerChannel, PerGroup, PerTensor
 
 __all__ = ["separate_projections"]
 
@@ -29,18 +35,21 @@ def separate_projections(captured: CapturedGraph) -> int:
     Returns:
         How many attention cores had a joint projection.
     """
-    count = 0
+    cores: list[ProjectedOperands] = []
     for core in attentions(captured):
-        try:
-            found = projected_operands(core)
-        except (NotProjectedError, UnknownMoveError):
-            continue
-        operands = (found.query, found.key, found.value)
-        joint = [operand for operand in operands if _is_joint(captured, operand)]
-        for operand in joint:
+        with contextlib.suppress(NotProjectedError, UnknownMoveError):
+            cores.append(projected_operands(core))
+    joint = [[o for o in _operands(found) if _is_joint(captured, o)] for found in cores]
+    parts = {operand.node for operands in joint for operand in operands}
+    joint = [[o for o in operands if _serves(o.base, parts)] for operands in joint]
+    for found, operands in zip(cores, joint, strict=True):
+        for operand in operands:
             _separate(captured, operand, found.heads, transposed=operand is found.key)
-        count += bool(joint)
-    return count
+    return sum(bool(operands) for operands in joint)
+
+
+def _operands(found: ProjectedOperands) -> tuple[Operand, ...]:
+    return found.query, found.key, found.value
 
 
 def _is_joint(captured: CapturedGraph, operand: Operand) -> bool:
@@ -54,8 +63,28 @@ def _is_joint(captured: CapturedGraph, operand: Operand) -> bool:
     if not stored or not is_quantizer(weight):
         return False
     assert isinstance(weight, fx.Node)
-    quantizer = captured.module.get_submodule(str(weight.target))
-    return isinstance(quantizer, Quantizer) and quantizer.frozen
+    quantizer = quantizer_of(captured, weight)
+    granularity = quantizer.spec.granularity
+    by_rows = isinstance(granularity, PerChannel) and granularity.axis == 0
+    return quantizer.frozen and (
+        by_rows or type(granularity) is PerTensor or isinstance(granularity, PerGroup)
+    )
+
+
+def _serves(base: fx.Node, parts: set[fx.Node]) -> bool:
+    """Return whether all that is read of a projection are these parts of it.
+
+    It would be computed for other readers all the same.
+    """
+    pending = [base]
+    while pending:
+        for user in pending.pop().users:
+            if user in parts or is_op(user, ops.SYM_SIZE):
+                continue
+            if not is_op(user, ops.REARRANGE):
+                return False
+            pending.append(user)
+    return True
 
 
 def _separate(
@@ -103,15 +132,10 @@ def _rows_of_weight(
     before, owner = operand.node, module_path(operand.base)
     codes = captured.parameter(str(node_argument(weight, 0).target))
     stored = constant_node(captured, before, "weight", codes[start:stop], owner)
-    quantizer = copy.deepcopy(captured.module.get_submodule(str(weight.target)))
-    assert isinstance(quantizer, Quantizer)
-    if isinstance(quantizer.spec.granularity, (PerChannel, PerGroup)):
+    site = f"{quantizer_of(captured, weight).site}[{start}:{stop}]"
+    node = call_copy(captured, before, weight, stored, site)
+    quantizer = quantizer_of(captured, node)
+    if type(quantizer.spec.granularity) is not PerTensor:
         for name in quantizer.parameter_names:
             setattr(quantizer, name, getattr(quantizer, name)[start:stop])
-    quantizer.site = f"{quantizer.site}[{start}:{stop}]"
-    target = quantizer_target(quantizer.site)
-    captured.module.add_submodule(target, quantizer)
-    with captured.graph.inserting_before(before):
-        node = captured.graph.call_module(target, (stored,))
-    node.meta = {**weight.meta, "info": info(stored)}
     return node

@@ -5,7 +5,6 @@ on rows behind the last attention, its own output and its queries then run on th
 keys and values still need every token. Exact: the rows that are left are computed as before.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from typing import Any
 
 from torch import fx
 
+from vitcompress.export.rewrites.copies import call_copy, quantizer_of
 from vitcompress.graph import CapturedGraph, ops
-from vitcompress.graph.edit import is_quantizer, quantizer_target
-from vitcompress.graph.metadata import TensorInfo, info, list_argument
+from vitcompress.graph.edit import is_quantizer
+from vitcompress.graph.metadata import TensorInfo, info, list_argument, node_argument
 from vitcompress.graph.moves import probe_shape
 from vitcompress.graph.ops import is_op
-from vitcompress.quantizers import PerChannel, PerTensor, Quantizer
+from vitcompress.quantizers import PerChannel, PerTensor
 
 __all__ = ["keep_needed_rows"]
 
@@ -26,6 +26,8 @@ __all__ = ["keep_needed_rows"]
 ELEMENTWISE = (ops.ADD, ops.SUB, ops.MUL, ops.DIV, ops.ACTIVATION, ops.GATE)
 #: Reshapes that state all extents of their result.
 STATED = (ops.VIEW, {ops.reshape})
+#: A batch that no extent of a network is a multiple of: tells extents of batches from others.
+LARGE_BATCH = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Rows:
     stop: int
 
 
+#: Arguments of a node, and the rows of each that it reads.
+Demands = list[tuple[int, Rows]]
+
+
 def keep_needed_rows(captured: CapturedGraph) -> int:
     """Let every operation compute only the rows that something reads.
 
@@ -52,14 +58,14 @@ def keep_needed_rows(captured: CapturedGraph) -> int:
     Returns:
         How many linears compute fewer rows.
     """
-    needed: dict[fx.Node, Rows] = {}
+    demands: dict[fx.Node, Demands] = {}
+    narrowed: dict[fx.Node, Rows] = {}
     for node in reversed(captured.graph.nodes):
-        rows = _needed(captured, node, needed)
+        rows = _needed(node, demands)
         if rows is not None:
-            needed[node] = rows
-    narrowed = {
-        node: rows for node, rows in needed.items() if any(_operands(captured, node, rows))
-    }
+            demands[node] = list(_demands(captured, node, rows))
+            if demands[node]:
+                narrowed[node] = rows
     linears = sum(is_op(node, ops.LINEAR) for node in narrowed)
     if not linears:
         return 0
@@ -69,9 +75,17 @@ def keep_needed_rows(captured: CapturedGraph) -> int:
         for user in node.users
         if (picked := _picked(node, user)) is not None
     }
+    slices: dict[tuple[fx.Node, Rows], fx.Node] = {}
     for node in list(captured.graph.nodes):
         if node in narrowed:
-            _narrow(captured, node, narrowed)
+            for index, rows in demands[node]:
+                operand = node_argument(node, index)
+                if narrowed.get(operand) == rows:
+                    continue
+                if (operand, rows) not in slices:
+                    slices[operand, rows] = _sliced(captured, node, operand, rows, narrowed)
+                node.update_arg(index, slices[operand, rows])
+            _narrow(node, narrowed[node])
         elif node in picks:
             _shift(node, picks[node], narrowed)
     return linears
@@ -80,28 +94,34 @@ def keep_needed_rows(captured: CapturedGraph) -> int:
 # What is needed
 
 
-def _needed(
-    captured: CapturedGraph, node: fx.Node, needed: dict[fx.Node, Rows]
-) -> Rows | None:
+def _needed(node: fx.Node, demands: dict[fx.Node, Demands]) -> Rows | None:
     """Return the rows that the users of a value read; ``None`` for all of it."""
-    if "info" not in node.meta or node.op in ("placeholder", "output"):
+    if "info" not in node.meta or node.op == "placeholder":
         return None
-    demands: list[Rows] = []
+    found: list[Rows] = []
     for user in node.users:
         if is_op(user, ops.SYM_SIZE) and user.args[1] == 0:
             continue  # the batch is not touched
-        demand = _picked(node, user)
-        if demand is None and user in needed:
-            found = dict(_operands(captured, user, needed[user]))
-            demand = found.get(node)
-        if demand is None:
+        picked = _picked(node, user)
+        read = [rows for index, rows in demands.get(user, ()) if user.args[index] is node]
+        if picked is not None:
+            found.append(picked)
+        elif read and len(read) == _times_read(node, user):
+            found += read
+        else:
             return None
-        demands.append(demand)
-    if not demands or len({rows.axis for rows in demands}) > 1:
+    if not found or len({rows.axis for rows in found}) > 1:
         return None
-    axis = demands[0].axis
-    start, stop = min(r.start for r in demands), max(r.stop for r in demands)
+    axis = found[0].axis
+    start, stop = min(r.start for r in found), max(r.stop for r in found)
     return None if stop - start == info(node).shape[axis] else Rows(axis, start, stop)
+
+
+def _times_read(node: fx.Node, user: fx.Node) -> int:
+    """Return in how many arguments a user reads a value: a product may be of it and itself."""
+    read: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), read.append)
+    return sum(argument is node for argument in read)
 
 
 def _picked(node: fx.Node, user: fx.Node) -> Rows | None:
@@ -123,25 +143,22 @@ def _picked(node: fx.Node, user: fx.Node) -> Rows | None:
     return Rows(1, start, stop) if start < stop else None
 
 
-def _operands(
-    captured: CapturedGraph, node: fx.Node, rows: Rows
-) -> Iterator[tuple[fx.Node, Rows]]:
-    """Yield the operands of which rows suffice to compute rows of a value, and these.
+def _demands(captured: CapturedGraph, node: fx.Node, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Yield the arguments of which rows suffice to compute rows of a value, and these.
 
     Nothing is yielded for an operation that needs everything.
     """
     axis, rank = rows.axis, len(info(node).shape)
     if is_quantizer(node):
-        quantizer = captured.module.get_submodule(str(node.target))
-        assert isinstance(quantizer, Quantizer)
-        granularity = quantizer.spec.granularity
-        own = isinstance(granularity, PerChannel) and granularity.axis % rank != axis
-        if type(granularity) is PerTensor or own:
+        if _shares_scales(captured, node, axis):
             yield from _along(node, axis, rows)
     elif is_op(node, *ELEMENTWISE):
-        for argument in node.args:
+        for index, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and "info" in argument.meta:
-                yield from _broadcast(argument, rank, rows)
+                shape = info(argument).shape
+                along = len(shape) - rank + axis
+                if along >= 0 and shape[along] != 1:
+                    yield index, Rows(along, rows.start, rows.stop)
     elif is_op(node, ops.LAYER_NORM):
         if axis < rank - len(list_argument(node, 1)):
             yield from _along(node, axis, rows)
@@ -169,18 +186,19 @@ def _operands(
             yield from _along(node, found, rows)
 
 
-def _along(node: fx.Node, axis: int, rows: Rows) -> Iterator[tuple[fx.Node, Rows]]:
-    """Yield the first operand, of which the rows lie along ``axis``."""
+def _shares_scales(captured: CapturedGraph, node: fx.Node, axis: int) -> bool:
+    """Return whether a quantizer has the same scales at every index of an axis."""
+    granularity = quantizer_of(captured, node).spec.granularity
+    if isinstance(granularity, PerChannel):
+        return granularity.axis % len(info(node).shape) != axis
+    return type(granularity) is PerTensor
+
+
+def _along(node: fx.Node, axis: int, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Yield the first argument, of which the rows lie along ``axis``."""
     operand = node.args[0]
     if isinstance(operand, fx.Node) and "info" in operand.meta:
-        yield operand, Rows(axis, rows.start, rows.stop)
-
-
-def _broadcast(operand: fx.Node, rank: int, rows: Rows) -> Iterator[tuple[fx.Node, Rows]]:
-    shape = info(operand).shape
-    axis = len(shape) - rank + rows.axis
-    if axis >= 0 and shape[axis] != 1:
-        yield operand, Rows(axis, rows.start, rows.stop)
+        yield 0, Rows(axis, rows.start, rows.stop)
 
 
 def _before_reshape(node: fx.Node, axis: int) -> int | None:
@@ -189,7 +207,7 @@ def _before_reshape(node: fx.Node, axis: int) -> int | None:
     assert isinstance(operand, fx.Node)
     if "info" not in operand.meta or not isinstance(list_argument(node, 1)[axis], int):
         return None
-    old, new = probe_shape(info(operand)), probe_shape(info(node))
+    old, new = (probe_shape(info(value), LARGE_BATCH) for value in (operand, node))
     if old is None or new is None:
         return None
     for candidate in range(1, len(old)):
@@ -202,16 +220,8 @@ def _before_reshape(node: fx.Node, axis: int) -> int | None:
 # Computing less
 
 
-def _narrow(captured: CapturedGraph, node: fx.Node, narrowed: dict[fx.Node, Rows]) -> None:
-    """Let a node compute its needed rows from those of its operands."""
-    rows = narrowed[node]
-    for operand, demand in list(_operands(captured, node, rows)):
-        computed = narrowed.get(operand)
-        if computed == demand:
-            continue
-        offset = 0 if computed is None else computed.start
-        value = _sliced(captured, node, operand, demand, offset)
-        node.args = tuple(value if argument is operand else argument for argument in node.args)
+def _narrow(node: fx.Node, rows: Rows) -> None:
+    """Let a node, the operands of which are narrow already, state what it computes."""
     if is_op(node, *STATED):
         extents = list(list_argument(node, 1))
         if extents[rows.axis] != -1:
@@ -221,15 +231,17 @@ def _narrow(captured: CapturedGraph, node: fx.Node, narrowed: dict[fx.Node, Rows
 
 
 def _sliced(
-    captured: CapturedGraph, before: fx.Node, operand: fx.Node, rows: Rows, offset: int
+    captured: CapturedGraph,
+    before: fx.Node,
+    operand: fx.Node,
+    rows: Rows,
+    narrowed: dict[fx.Node, Rows],
 ) -> fx.Node:
-    """Return a node for rows of an operand that other readers need as a whole."""
-    source = operand
-    quantizes = is_quantizer(operand)
-    if quantizes:  # a linear wants its quantizer right in front of it
-        found = operand.args[0]
-        assert isinstance(found, fx.Node)
-        source = found
+    """Return a node for rows of an operand of which other readers need more."""
+    offset = narrowed[operand].start if operand in narrowed else 0
+    quantizes = is_quantizer(operand) and _shares_scales(captured, operand, rows.axis)
+    # A linear wants its quantizer right in front of it.
+    source = node_argument(operand, 0) if quantizes else operand
     arguments: tuple[Any, ...] = (source, rows.axis, rows.start - offset, rows.stop - offset)
     with captured.graph.inserting_before(before):
         value = captured.graph.call_function(ops.slice_, arguments)
@@ -237,16 +249,8 @@ def _sliced(
     _set_extent(value, rows)
     if not quantizes:
         return value
-    quantizer = copy.deepcopy(captured.module.get_submodule(str(operand.target)))
-    assert isinstance(quantizer, Quantizer)
-    quantizer.site = f"{quantizer.site}:rows"
-    target = quantizer_target(quantizer.site)
-    captured.module.add_submodule(target, quantizer)
-    with captured.graph.inserting_before(before):
-        node = captured.graph.call_module(target, (value,))
-    node.meta = dict(operand.meta)
-    _set_extent(node, rows)
-    return node
+    site = f"{quantizer_of(captured, operand).site}:rows"
+    return call_copy(captured, before, operand, value, site)
 
 
 def _shift(node: fx.Node, picked: Rows, narrowed: dict[fx.Node, Rows]) -> None:

@@ -187,7 +187,22 @@ def test_one_cell_runs_at_a_time_where_memory_is_short(program, tmp_path, monkey
 
     assert len(found) == 4
     assert max(most) == 1
-    assert "memory: a cell takes 1.0 GB, 0.1 GB are left; going on with 1 at a time" in said
+    assert "memory: a cell takes 1.0 GB, 0.0 GB are left; going on with 1 at a time" in said
+
+
+def test_memory_that_running_cells_will_still_take_is_not_left(tmp_path, monkeypatch):
+    """One runs, holds 0.4 GB and will take 1; of 1.5 GB only 0.9 are left for another."""
+
+    class Running:
+        pid = 1
+
+    pool = local._Pool(cells(2), tmp_path, 10**9, print)
+    monkeypatch.setattr(local, "high_water_mark", lambda process: 4 * 10**8)
+    pool._workers[0], pool._busy = Running(), {0}
+
+    for available, short in ((1.5e9, True), (1.7e9, False)):
+        monkeypatch.setattr(local, "available_bytes", lambda found=available: int(found))
+        assert (pool._shortage(1) is not None) == short
 
 
 def test_memory_that_nobody_knows_limits_nothing(program, tmp_path, monkeypatch):
@@ -207,10 +222,22 @@ def test_available_memory_is_below_that_of_the_machine():
     assert 0 < available < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_closing_early_ends_every_process(program, tmp_path):
+@pytest.fixture
+def interrupt():
+    """A signal that interrupts, also where test runners ignore that of the keyboard."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interrupt_ends_every_process(program, tmp_path, interrupt):
     program("import sys, time\nfor line in sys.stdin: time.sleep(60)")
     answers = map_cells("local", cells(4), tmp_path, jobs=2, say=print)
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    threading.Timer(0.5, interrupt).start()
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), closing(answers):

@@ -108,17 +108,21 @@ class _Pool:
         return None
 
     def _shortage(self, number: int) -> str | None:
-        """Return why one more cell cannot run beside those that do, or ``None``."""
+        """Return why one more cell cannot run beside those that do, or ``None``.
+
+        Those that run have not taken all they need yet; that much is promised to them.
+        """
         available = available_bytes()
         if not self._busy or available is None:
             return None
-        marks = [high_water_mark(worker.pid) for worker in self._workers.values()]
-        needed = max(self._needed, *marks, 0)
+        marks = {n: high_water_mark(worker.pid) for n, worker in self._workers.items()}
+        needed = max(self._needed, *marks.values(), 0)
+        promised = sum(needed - marks.get(n, 0) for n in self._busy)
         # What a waiting worker holds already is its own.
-        own = high_water_mark(self._workers[number].pid) if number in self._workers else 0
-        if available + own >= needed:
+        left = max(available - promised, 0) + marks.get(number, 0)
+        if left >= needed:
             return None
-        return f"memory: a cell takes {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are left"
+        return f"memory: a cell takes {needed / 1e9:.1f} GB, {left / 1e9:.1f} GB are left"
 
     def _ask(self, number: int, cell: Cell) -> Answer:
         with self._lock:

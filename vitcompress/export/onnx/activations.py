@@ -6,28 +6,53 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vitcompress.export.onnx.support import axis_of
+from vitcompress.export.onnx.targets import Target
 from vitcompress.export.onnx.writer import Writer
 from vitcompress.quantizers import Affine, Log2, PerTensor
 
-__all__ = ["Activations"]
+__all__ = ["Activations", "StoredCodes"]
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """Where a file holds the codes of a quantizer.
+
+    Attributes:
+        name: Of the value.
+        offset: What its codes lack to be the quantizer's.
+        order: Axes of the quantizer's codes among those of the value; empty if alike.
+    """
+
+    name: str
+    offset: int = 0
+    order: tuple[int, ...] = ()
+
+    def of(self, value: Tensor) -> Tensor:
+        """Return the quantizer's codes, int32, from what a runtime made of the value."""
+        codes = value.int() + self.offset
+        return codes.permute(self.order) if self.order else codes
 
 
 @dataclass
 class Activations:
     """Writes the quantizers of the activations of one model.
 
-    Codes are uint8 whatever their sign: onnxruntime's kernels take many times longer with a
-    signed left operand.
+    Codes are uint8 whatever their sign where the target takes zero points: onnxruntime's
+    kernels take many times longer with a signed left operand. Where it takes none on weights
+    (OpenVINO), symmetric activations are int8, since one product may have both as operands.
 
     Attributes:
         writer: Of the model.
-        names: Name of the value that holds the codes of each quantizer, by target.
+        target: How to spell.
+        stored: The codes of each quantizer, by target.
     """
 
     writer: Writer
-    names: dict[str, str] = field(default_factory=dict)
+    target: Target
+    stored: dict[str, StoredCodes] = field(default_factory=dict)
     _codes: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def lower(self, node: ir.Node) -> None:
@@ -43,7 +68,7 @@ class Activations:
         self.writer.replace(node, result)
 
     def codes(self, node: ir.Node, quantizer: Affine) -> ir.Value:
-        """Return uint8 codes; narrower ones through a clip to what they can represent."""
+        """Return 8-bit codes; narrower ones through a clip to what they can represent."""
         marked = node.outputs[0]
         if marked in self._codes:
             return self._codes[marked]
@@ -59,13 +84,24 @@ class Activations:
             **axis_of(quantizer),
         )
         self._codes[marked] = codes
-        self._note(node, codes)
+        self._note(node, codes, self._offset(quantizer))
         return codes
 
     def scale(self, quantizer: Affine) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return scale, and the zero point for codes that start at 0."""
-        qmin, _ = quantizer.bounds
-        return quantizer.scale.numpy(), (quantizer.zero_point - qmin).numpy().astype(np.uint8)
+        """Return scale and zero point of the codes in the file, the latter of their dtype."""
+        signed = self.target.signed == "everything" or (
+            self.target.signed == "weights" and quantizer.spec.symmetric
+        )
+        point = (quantizer.zero_point - self._offset(quantizer)).numpy()
+        return quantizer.scale.numpy(), point.astype(np.int8 if signed else np.uint8)
+
+    def _offset(self, quantizer: Affine) -> int:
+        """Return what the codes in the file lack to be those of the quantizer."""
+        if self.target.signed == "everything":
+            return int(quantizer.zero_point)
+        if self.target.signed == "weights" and quantizer.spec.symmetric:
+            return 0
+        return quantizer.bounds[0]
 
     def _value(self, node: ir.Node, codes: ir.Value, quantizer: Affine) -> ir.Value:
         """Return the float activation; several scales by plain arithmetic.
@@ -115,9 +151,10 @@ class Activations:
         self._note(node, codes)
         return writer.add(node, "Gather", [writer.constant(table.numpy()), codes], axis=0)
 
-    def _note(self, node: ir.Node, codes: ir.Value) -> None:
+    def _note(self, node: ir.Node, codes: ir.Value, offset: int = 0) -> None:
         assert codes.name is not None
-        self.names[node.attributes["target"].as_string()] = codes.name
+        target = node.attributes["target"].as_string()
+        self.stored[target] = StoredCodes(codes.name, offset)
 
 
 def _parameter_shape(value: ir.Value, quantizer: Affine) -> list[int]:

@@ -33,25 +33,20 @@ class Lowering:
         model: Model to edit in place.
         quantizers: By the target their markers carry.
         target: How to spell.
-        not_gemm: Linears that are no integer ``Gemm``, with the reason.
-        gemms: Names of linears written as ``Gemm`` between quantized operands.
+        linears: Names of the quantized linears.
+        reasons: Why some of them are not to be expected among the integer products.
     """
 
     model: ir.Model
     quantizers: Mapping[str, Quantizer]
     target: Target
-    not_gemm: dict[str, str] = field(default_factory=dict)
-    gemms: list[str] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.writer = Writer(self.model, self.quantizers)
         self.weights = Weights(self.writer, self.target)
-        self.activations = Activations(self.writer)
-
-    @property
-    def codes(self) -> dict[str, str]:
-        """Name of the value that holds the codes of each activation quantizer, by target."""
-        return self.activations.names
+        self.activations = Activations(self.writer, self.target)
 
     def run(self) -> None:
         """Lower every marker, linears first: they decide how their operands are spelled."""
@@ -63,22 +58,21 @@ class Lowering:
         ):
             for node in self.writer.markers(kind):
                 lower(node)
-        self.writer.finish()
 
     # Linear layers
 
     def _linear(self, node: ir.Node) -> None:
         path = node.attributes["target"].as_string()
-        reason = self._reason_against_gemm(node)
-        if reason is None and self.target.linear == "gemm":
-            result = self._gemm(node, path)
-            self.gemms.append(path)
-        else:
-            self.not_gemm[path] = reason or f"target {self.target.name} writes MatMul and Add"
-            result = self._matmul(node, path)
-        self.writer.replace(node, result)
+        reason = self._reason_against_integers(node)
+        self.linears.append(path)
+        if reason is not None:
+            self.reasons[path] = reason
+        written = (
+            self._gemm if reason is None and self.target.linear == "gemm" else self._matmul
+        )
+        self.writer.replace(node, written(node, path))
 
-    def _reason_against_gemm(self, node: ir.Node) -> str | None:
+    def _reason_against_integers(self, node: ir.Node) -> str | None:
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
         assert weight is not None
@@ -154,8 +148,8 @@ class Lowering:
     def _matmul(self, node: ir.Node, path: str) -> ir.Value:
         writer, weight = self.writer, node.inputs[1]
         assert weight is not None
-        transposed = writer.add(node, "Transpose", [self.weights.value(weight)], perm=[1, 0])
-        result = writer.add(node, "MatMul", [node.inputs[0], transposed], name=path)
+        stored = self.weights.value(weight, transposed=True)
+        result = writer.add(node, "MatMul", [node.inputs[0], stored], name=path)
         if len(node.inputs) > 2:
             result = writer.add(node, "Add", [result, node.inputs[2]])
         return result

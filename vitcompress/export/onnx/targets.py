@@ -14,10 +14,13 @@ class Target:
 
     Attributes:
         name: Name on the command line.
+        runtime: What is to run the file; empty for any runtime.
         opset: ONNX opset of the file, unless 2-bit storage needs a later one.
-        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing,
-            which runtimes fold when they load and then run as INT8; ``direct`` dequantizes the
-            stored type itself.
+        storage: Containers of weights of 2 to 4 bits. ``cast`` stores INT4 and casts to INT8
+            before dequantizing, which runtimes fold when they load and then run as INT8;
+            ``direct`` dequantizes INT4 itself; ``int8`` has no narrower container.
+        int2: Whether 2-bit weights are stored as INT2, cast like INT4.
+        signed: What must be INT8 with zero point 0: codes less their zero points.
         linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
             onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
         attention: ``fused`` writes attention without quantizers as onnxruntime's
@@ -26,8 +29,11 @@ class Target:
     """
 
     name: str
+    runtime: Literal["onnxruntime", "OpenVINO", "TensorRT", ""]
     opset: int = 21
-    low_bit_weights: Literal["cast", "direct"]
+    storage: Literal["cast", "direct", "int8"]
+    int2: bool = False
+    signed: Literal["nothing", "weights", "everything"] = "nothing"
     linear: Literal["gemm", "matmul"]
     attention: Literal["fused", "products"]
     description: str
@@ -38,7 +44,9 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             name="ort-cpu",
-            low_bit_weights="cast",
+            runtime="onnxruntime",
+            storage="cast",
+            int2=True,
             linear="gemm",
             attention="fused",
             description=(
@@ -46,8 +54,29 @@ TARGETS: dict[str, Target] = {
             ),
         ),
         Target(
+            name="openvino",
+            runtime="OpenVINO",
+            storage="cast",
+            signed="weights",
+            linear="matmul",
+            attention="products",
+            description=(
+                "OpenVINO on CPUs: weights without zero points, INT4 storage cast to INT8"
+            ),
+        ),
+        Target(
+            name="tensorrt",
+            runtime="TensorRT",
+            storage="int8",
+            signed="everything",
+            linear="matmul",
+            attention="products",
+            description="TensorRT: everything INT8 with zero point 0, no narrower type",
+        ),
+        Target(
             name="generic",
-            low_bit_weights="direct",
+            runtime="",
+            storage="direct",
             linear="matmul",
             attention="products",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",

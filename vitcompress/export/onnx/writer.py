@@ -57,6 +57,11 @@ class Writer:
             name = f"{name}_{self._names}"
         return self._stored(array, name)
 
+    @staticmethod
+    def is_unnamed(name: str) -> bool:
+        """Return whether :meth:`constant` has invented a name."""
+        return name[:1] == "c" and name[1:].isdigit()
+
     def _stored(self, array: NDArray[Any], name: str) -> ir.Value:
         tensor = ir.tensor(array, name=name)
         initializer = ir.Value(
@@ -81,8 +86,8 @@ class Writer:
         """Put a node of one output in front of another; return the output."""
         self._names += 1
         node = ir.node(op_type, list(inputs), attributes=attributes, domain=domain)
-        node.name = name or f"{op_type}_{self._names}"
-        node.outputs[0].name = f"{node.name}_output"
+        node.name = name or f"n{self._names}"
+        node.outputs[0].name = f"v{self._names}"
         self.model.graph.insert_before(before, node)
         result: ir.Value = node.outputs[0]
         return result
@@ -109,7 +114,7 @@ class Writer:
         if result.is_graph_output():
             result.name, old.name = old.name, f"{old.name}_marker"
 
-    def finish(self) -> None:
+    def drop_dead(self) -> None:
         """Drop what nothing reads, and the markers' domain."""
         for node in reversed(list(self.model.graph)):
             if not any(out.uses() or out.is_graph_output() for out in node.outputs):
@@ -118,6 +123,23 @@ class Writer:
             if not value.uses():
                 del self.model.graph.initializers[name]
         self.model.opset_imports.pop(DOMAIN, None)
+
+    def slim(self) -> None:
+        """Drop what no runtime reads: the exporter's remarks, and shapes inside the graph.
+
+        They are a third of the file's structure, which at 2 bits shows beside the weights.
+        """
+        for node in self.model.graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+        for value in self.model.graph.initializers.values():
+            value.metadata_props.clear()
+        self.model.graph.metadata_props.clear()
+        self.model.graph.doc_string = None
 
 
 def readers(node: ir.Node) -> list[ir.Node]:

@@ -16,17 +16,21 @@ from test_layering import imported_modules
 from tiny import images
 
 import vitcompress
-from vitcompress.benchmark import FLOAT_PRODUCTS, _products
 from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError, InputError
 from vitcompress.export.onnx import float_model, stopwatch, timing
 from vitcompress.export.onnx.contents import read_contents
+from vitcompress.export.onnx.coverage import (
+    FLOAT_OPS,
+    INTEGER_OPS,
+    float_products,
+    integer_ops,
+)
 from vitcompress.export.onnx.float_model import (
     quantize_dynamically,
     without_quantizers,
 )
 from vitcompress.export.onnx.stopwatch import Timing, time_files
-from vitcompress.export.onnx.verify import INTEGER_OPS
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.speed import (
     BenchmarkReport,
@@ -123,10 +127,12 @@ def test_samples_follow_the_rounds_and_not_the_order_within_them():
 
 
 def test_products_are_told_apart_in_both_runtimes():
-    assert _products({"QGemm": 9, "MatMul": 4, "Conv": 1, "Add": 7}) == ({"QGemm": 9}, 5)
+    fused = {"QGemm": 9, "MatMul": 4, "Conv": 1, "Add": 7}
     compiled = {"FullyConnected i8": 9, "Convolution f32": 1, "Subgraph f32": 2, "Add i8": 3}
-    assert _products(compiled) == ({"FullyConnected i8": 9}, 1)
-    assert not set(FLOAT_PRODUCTS) & set(INTEGER_OPS)
+
+    assert (integer_ops(fused), float_products(fused)) == ({"QGemm": 9}, 5)
+    assert (integer_ops(compiled), float_products(compiled)) == ({"FullyConnected i8": 9}, 1)
+    assert not set(FLOAT_OPS) & set(INTEGER_OPS)
 
 
 # References

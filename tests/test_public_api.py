@@ -53,6 +53,7 @@ PUBLIC = {
         "write_artifact",
         "write_directory",
         "write_file",
+        "write_files",
     ],
     "vitcompress.calibration": [
         "Batch",
@@ -201,7 +202,9 @@ def test_arguments_of_the_entry_points_keep_their_names():
         *("model", "bits", "scheme", "recipe", "source", "overrides", "model_id"),
     ]
     assert names(vitcompress.load) == ["path"]
-    assert names(vitcompress.export_onnx) == ["model", "path", "target"]
+    assert names(vitcompress.export_onnx) == [
+        *("model", "path", "target", "leftovers", "ir"),
+    ]
     assert names(vitcompress.evaluate) == ["model", "source", "reference", "execution", "data"]
     assert names(vitcompress.benchmark) == [
         *("paths", "runtime", "threads", "batches", "rounds", "references", "seed"),

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 import calib
-from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_file
+from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_files
 from vitcompress.calibration import CalibrationSource
 from vitcompress.engine import LocalEngine, run_recipe
 from vitcompress.engine.memory import PeakMemory
@@ -100,6 +100,8 @@ class CompressedModel:
         *,
         target: str = "ort-cpu",
         batch: int | None = None,
+        leftovers: str = "float32",
+        ir: bool = False,
         images: Tensor | None = None,
         overwrite: bool = True,
     ) -> ExportResult:
@@ -107,13 +109,16 @@ class CompressedModel:
 
         Args:
             path: File to write.
-            target: ``ort-cpu`` or ``generic``.
+            target: ``ort-cpu``, ``openvino``, ``tensorrt`` or ``generic``.
             batch: Images in one inference; any number by default.
+            leftovers: How tables that no quantizer reads (position embeddings, class tokens)
+                are stored: ``float32``, ``float16`` or ``int8``.
+            ir: Write OpenVINO's own form beside the file as well, as ``.xml`` and ``.bin``.
             images: Preprocessed images for the comparison; rendered ones by default.
-            overwrite: Replace an existing file.
+            overwrite: Replace existing files.
 
         Raises:
-            ConfigError: The target is unknown, or the file cannot be written.
+            ConfigError: A setting is unknown, or a file cannot be written.
             ExportError: The model cannot be written for the target, or the file is wrong.
         """
         results: list[ExportResult] = []
@@ -127,14 +132,23 @@ class CompressedModel:
             else self.preprocessing.to_dict(),
         }
 
-        def write(draft: Path) -> None:
+        def write(*drafts: Path) -> None:
             results.append(
                 write_onnx(
-                    self.graph, draft, images, target=target, batch=batch, metadata=metadata
+                    self.graph,
+                    drafts[0],
+                    images,
+                    target=target,
+                    batch=batch,
+                    leftovers=leftovers,
+                    ir_path=drafts[1] if ir else None,
+                    metadata=metadata,
                 )
             )
 
-        write_file(Path(path), write, overwrite=overwrite)
+        destination = Path(path)
+        beside = [destination.with_suffix(ending) for ending in (".xml", ".bin") if ir]
+        write_files([destination, *beside], write, overwrite=overwrite)
         entry = ExportEntry.of(results[0])
         self.report = self.report.model_copy(update={"exports": (*self.report.exports, entry)})
         return results[0]
@@ -281,10 +295,15 @@ def load(path: str | Path) -> CompressedModel:
 
 
 def export_onnx(
-    model: CompressedModel, path: str | Path, *, target: str = "ort-cpu"
+    model: CompressedModel,
+    path: str | Path,
+    *,
+    target: str = "ort-cpu",
+    leftovers: str = "float32",
+    ir: bool = False,
 ) -> ExportResult:
     """Write and verify an ONNX file; see :meth:`CompressedModel.export_onnx`."""
-    return model.export_onnx(path, target=target)
+    return model.export_onnx(path, target=target, leftovers=leftovers, ir=ir)
 
 
 def capture_model(model: nn.Module | LoadedModel) -> CapturedGraph:

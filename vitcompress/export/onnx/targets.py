@@ -15,13 +15,15 @@ class Target:
 
     Attributes:
         name: Name on the command line.
+        runtime: What is to run the file; empty for any runtime.
         opset: ONNX opset of the file, unless 2-bit storage needs a later one.
-        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing,
-            which runtimes fold when they load and then run as INT8; ``direct`` dequantizes the
-            stored type itself.
-        linear: ``integer`` writes a linear as onnxruntime's ``MatMulIntegerToFloat``; ``gemm``
-            as ``Gemm`` with an int32 bias, which its CPU kernels fuse; ``matmul`` as
-            ``MatMul`` and ``Add``.
+        storage: Containers of weights of 2 to 4 bits. ``cast`` stores INT4 and casts to INT8
+            before use, which runtimes fold when they load and then run as INT8; ``direct``
+            dequantizes INT4 itself; ``int8`` has no narrower container.
+        int2: Whether 2-bit weights are stored as INT2, cast like INT4.
+        signed: What must be INT8 with zero point 0: codes less their zero points.
+        linear: ``integer`` writes a linear as onnxruntime's ``MatMulIntegerToFloat``,
+            ``matmul`` as ``MatMul`` and ``Add`` of floats between quantizers.
         attention: ``fused`` writes attention without quantizers as one ``Attention`` (opset
             23); ``products`` as two products and a softmax.
         rewrites: Names in ``export.rewrites.REWRITES``, applied to the graph first.
@@ -31,12 +33,15 @@ class Target:
     """
 
     name: str
+    runtime: Literal["onnxruntime", "OpenVINO", "TensorRT", ""]
     opset: int = 21
-    low_bit_weights: Literal["cast", "direct"]
-    linear: Literal["integer", "gemm", "matmul"]
+    storage: Literal["cast", "direct", "int8"]
+    int2: bool = False
+    signed: Literal["nothing", "weights", "everything"] = "nothing"
+    linear: Literal["integer", "matmul"]
     attention: Literal["fused", "products"]
-    rewrites: tuple[str, ...]
-    residual: Literal["add", "sum"]
+    rewrites: tuple[str, ...] = ()
+    residual: Literal["add", "sum"] = "add"
     description: str
 
 
@@ -46,7 +51,9 @@ TARGETS: dict[str, Target] = {
         Target(
             name="ort-cpu",
             opset=23,
-            low_bit_weights="cast",
+            runtime="onnxruntime",
+            storage="cast",
+            int2=True,
             linear="integer",
             attention="fused",
             rewrites=tuple(REWRITES),
@@ -56,12 +63,31 @@ TARGETS: dict[str, Target] = {
             ),
         ),
         Target(
-            name="generic",
-            low_bit_weights="direct",
+            name="openvino",
+            runtime="OpenVINO",
+            storage="cast",
+            signed="weights",
             linear="matmul",
             attention="products",
-            rewrites=(),
-            residual="add",
+            description=(
+                "OpenVINO on CPUs: weights without zero points, INT4 storage cast to INT8"
+            ),
+        ),
+        Target(
+            name="tensorrt",
+            runtime="TensorRT",
+            storage="int8",
+            signed="everything",
+            linear="matmul",
+            attention="products",
+            description="TensorRT: everything INT8 with zero point 0, no narrower type",
+        ),
+        Target(
+            name="generic",
+            runtime="",
+            storage="direct",
+            linear="matmul",
+            attention="products",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",
         ),
     )

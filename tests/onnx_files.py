@@ -10,21 +10,9 @@ from torch import Tensor
 
 from vitcompress.api import CompressedModel
 from vitcompress.export.onnx import TARGETS
-from vitcompress.export.onnx.targets import Target
 from vitcompress.export.rewrites import rewritten
 from vitcompress.graph import CapturedGraph
 from vitcompress.quantizers import Affine
-
-#: Products as ``Gemm`` with an int32 bias; offered to nobody under this name.
-GEMM = Target(
-    name="gemm",
-    low_bit_weights="cast",
-    linear="gemm",
-    attention="products",
-    rewrites=False,
-    residual="add",
-    description="integer linears as Gemm",
-)
 
 
 def in_blocks(*names):
@@ -70,8 +58,7 @@ def load_file(path: Path) -> tuple[ModelProto, Graph]:
 
 def written_graph(model: CompressedModel, target: str) -> CapturedGraph:
     """Return the graph that a file for a target is written from."""
-    rewrites = (GEMM if target == GEMM.name else TARGETS[target]).rewrites
-    return rewritten(model.graph).graph if rewrites else model.graph
+    return rewritten(model.graph, TARGETS[target].rewrites).graph
 
 
 def assert_codes_agree(path: Path, captured: CapturedGraph, x: Tensor) -> None:

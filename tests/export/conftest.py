@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 from finished import quantized
-from onnx_files import GEMM, written_graph
+from onnx_files import written_graph
 from tiny import images
 
-from vitcompress.export.onnx import TARGETS, exporter
+from vitcompress.export.onnx import exporter
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,6 @@ def export(models, tmp_path_factory):
                 "marked_model",
                 lambda graph, **options: traced(graph, **options).clone(),
             )
-            patch.setitem(TARGETS, GEMM.name, GEMM)
             result = model.export_onnx(path, target=target, images=images(64, seed=7))
         graph = written_graph(model, target)
         return SimpleNamespace(model=model, graph=graph, path=path, result=result)

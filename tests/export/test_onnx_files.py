@@ -34,7 +34,7 @@ WIDTHS = [
 ]
 TARGETS = ("ort-cpu", "generic")
 #: What a linear becomes.
-PRODUCT = {"ort-cpu": "MatMulIntegerToFloat", "generic": "MatMul", "gemm": "Gemm"}
+PRODUCT = {"ort-cpu": "MatMulIntegerToFloat", "generic": "MatMul"}
 #: Where an operator reads codes of weights, their scale and zero point.
 CODES = {"DequantizeLinear": (0, 1, 2), "MatMulIntegerToFloat": (1, 3, 5)}
 
@@ -45,10 +45,7 @@ def linears_of(exported):
 
 @pytest.fixture(
     scope="module",
-    params=[
-        *((*width, target) for width in WIDTHS for target in TARGETS),
-        *((*width, "gemm") for width in (("deploy", "W8A8"), ("repq_vit", "W4A4"))),
-    ],
+    params=[(*width, target) for width in WIDTHS for target in TARGETS],
     ids="-".join,
 )
 def exported(request, export):
@@ -72,10 +69,7 @@ def test_every_linear_runs_as_integers_where_the_target_promises_it(exported):
         assert found.integer_linears + len(found.float_linears) == found.linears
         return
     assert (found.integer_linears, found.float_linears) == (found.linears, {})
-    if exported.result.target == "gemm":
-        assert found.integer_ops["QGemm"] == len(LINEARS)
-    else:
-        assert found.integer_ops == {"MatMulIntegerToFloat": products(exported)}
+    assert found.integer_ops == {"MatMulIntegerToFloat": products(exported)}
     assert ExportEntry.of(exported.result).execution == "executed"
 
 

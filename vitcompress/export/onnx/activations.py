@@ -85,13 +85,12 @@ class Activations:
         if quantizer.spec.bits < 8:
             value = self._clip(node, value, quantizer)
         both = (marked, not right) in self._codes  # a value may be both kinds of operand
+        side = "right" if right else "left"
         codes = self.writer.add(
             node,
             "QuantizeLinear",
             [value, self.writer.constant(scale), self.writer.constant(point)],
-            name=f"{quantizer.site}:{'right' if right else 'left'}"
-            if both
-            else quantizer.site,
+            name=f"{quantizer.site}:{side}" if both else quantizer.site,
             **axis_of(quantizer),
         )
         self._codes[marked, right] = codes

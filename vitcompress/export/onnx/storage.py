@@ -56,7 +56,7 @@ class Weights:
         return self._values[marked, transposed]
 
     def integers(self, marked: ir.Value) -> tuple[ir.Value, NDArray[Any], NDArray[Any]]:
-        """Return ``[I, O]`` INT8 codes behind their container, scales, and INT8 zero points."""
+        """Return ``[I, O]`` INT8 codes behind their container, scales, INT8 zero points."""
         node = marked.producer()
         assert node is not None
         name, quantizer, codes, points = self._stored(node)
@@ -66,7 +66,7 @@ class Weights:
         return weight, quantizer.scale.numpy(), points.astype(np.int8)
 
     def _stored(self, node: ir.Node) -> tuple[str, Affine, Tensor, NDArray[Any]]:
-        """Return a weight's name, quantizer, signed codes of its own width, and zero points."""
+        """Return a weight's name, quantizer, signed codes of its width, and zero points."""
         stored = node.inputs[0]
         assert stored is not None
         assert stored.const_value is not None

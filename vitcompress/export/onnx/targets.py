@@ -69,6 +69,7 @@ TARGETS: dict[str, Target] = {
             signed="weights",
             linear="matmul",
             attention="products",
+            rewrites=("separate_projections", "keep_needed_rows"),
             description=(
                 "OpenVINO on CPUs: weights without zero points, INT4 storage cast to INT8"
             ),

@@ -121,7 +121,13 @@ class Lowering:
     def _matmul(self, node: ir.Node, path: str) -> ir.Value:
         writer, weight = self.writer, node.inputs[1]
         assert weight is not None
-        stored = self.weights.value(weight, transposed=True)
+        quantizer = writer.quantizer_of(weight, "Weight")
+        assert quantizer is not None
+        if isinstance(quantizer.spec.granularity, PerGroup):
+            # onnxruntime takes scales by blocks in front of a product for scales by columns.
+            stored = writer.add(node, "Transpose", [self.weights.value(weight)], perm=[1, 0])
+        else:
+            stored = self.weights.value(weight, transposed=True)
         result = writer.add(node, "MatMul", [node.inputs[0], stored], name=path)
         if len(node.inputs) > 2:
             result = writer.add(node, "Add", [result, node.inputs[2]])

@@ -14,6 +14,7 @@ from vitcompress.demo import load_digits, load_model, run
 from vitcompress.errors import ExportError
 from vitcompress.evaluate import evaluate, onnx_predictor
 from vitcompress.export.onnx import ExportResult, Verification
+from vitcompress.export.onnx.leftovers import FileSize
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,17 @@ def fake_result():
         float_linears={"head": "runs as Gemm"},
         integer_ops={},
     )
-    return ExportResult(target="ort-cpu", opset=21, size_bytes=1, verification=verification)
+    size = FileSize(packed_bytes=1, parameter_bytes=0, leftover_bytes=0, largest_leftovers={})
+    return ExportResult(
+        target="ort-cpu",
+        opset=23,
+        size_bytes=1,
+        verification=verification,
+        not_executed="",
+        size=size,
+        leftovers="float32",
+        leftover_cosine=1.0,
+    )
 
 
 def test_folder_with_something_else_in_it_is_refused(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 #: Batches whose codes are kept: they take as much memory as all activations together.
 STEP_BATCHES = (1, 2)
@@ -24,6 +23,8 @@ def main(
     model: str, images_file: str, results_file: str, names_file: str, ir_file: str = ""
 ) -> None:
     """Run all images, then a few, alone and together, with the named values kept as well."""
+    import openvino  # an extra
+
     images = np.load(images_file, allow_pickle=False)
     kept = json.loads(Path(names_file).read_text(encoding="utf-8"))
     core = openvino.Core()

@@ -29,10 +29,7 @@ _INT8 = torch.iinfo(torch.int8)
 #: Sites that a message names.
 _LISTED = 5
 #: What turns an artefact with zero points into one without.
-_CURE = {
-    "weights": "quantize again with recipe deploy, whose 8-bit weights are symmetric",
-    "everything": "quantize again with --recipe deploy_symmetric",
-}
+_CURE = "quantize again with --recipe deploy_symmetric"
 
 
 def check_support(captured: CapturedGraph, target: Target) -> None:
@@ -56,7 +53,7 @@ def check_support(captured: CapturedGraph, target: Target) -> None:
         return
     listed = "; ".join(f"{site}: {why}" for site, why in list(refused.items())[:_LISTED])
     more = f"; and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
-    cure = f"; {_CURE[target.signed]}" if unsigned else ""
+    cure = f"; {_CURE}" if unsigned else ""
     raise ExportError(
         f"{len(refused)} sites cannot be written to ONNX for target {target.name}: "
         f"{listed}{more}{cure}"

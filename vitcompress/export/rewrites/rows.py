@@ -26,6 +26,8 @@ __all__ = ["keep_needed_rows"]
 ELEMENTWISE = (ops.ADD, ops.SUB, ops.MUL, ops.DIV, ops.ACTIVATION, ops.GATE)
 #: Reshapes that state all extents of their result.
 STATED = (ops.VIEW, {ops.reshape})
+#: Largest share of the rows that is worth the slices; all but the class token is not.
+MOST_ROWS = 0.5
 #: A batch that no extent of a network is a multiple of: tells extents of batches from others.
 LARGE_BATCH = 1_000_003
 
@@ -95,7 +97,7 @@ def keep_needed_rows(captured: CapturedGraph) -> int:
 
 
 def _needed(node: fx.Node, demands: dict[fx.Node, Demands]) -> Rows | None:
-    """Return the rows that the users of a value read; ``None`` for all of it."""
+    """Return the few rows that the users of a value read; ``None`` for all of it."""
     if "info" not in node.meta or node.op == "placeholder":
         return None
     found: list[Rows] = []
@@ -112,9 +114,10 @@ def _needed(node: fx.Node, demands: dict[fx.Node, Demands]) -> Rows | None:
             return None
     if not found or len({rows.axis for rows in found}) > 1:
         return None
-    axis = found[0].axis
+    extent = info(node).shape[found[0].axis]
     start, stop = min(r.start for r in found), max(r.stop for r in found)
-    return None if stop - start == info(node).shape[axis] else Rows(axis, start, stop)
+    few = isinstance(extent, int) and stop - start <= MOST_ROWS * extent
+    return Rows(found[0].axis, start, stop) if few else None
 
 
 def _times_read(node: fx.Node, user: fx.Node) -> int:

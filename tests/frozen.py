@@ -48,12 +48,8 @@ def stored_weight(draw: Drawing, rows: int, columns: int, **spec: Any) -> fx.Nod
     codes = noise(rows, columns, seed=count).mul(40).round().clamp(-127, 127)
     quantizer = ranged(torch.tensor(-1.0), torch.tensor(1.0), bits=8, symmetric=True, **spec)
     shape = quantizer.spec.granularity.parameter_shape((rows, columns))
-    quantizer.load(
-        scale=torch.linspace(0.005, 0.015, shape[0]).expand(shape[::-1]).T.clone()
-        if shape
-        else torch.tensor(0.01),
-        zero_point=torch.zeros(shape),
-    )
+    scale = torch.linspace(0.005, 0.015, torch.Size(shape).numel()).reshape(shape)
+    quantizer.load(scale=scale, zero_point=torch.zeros(shape))
     quantizer.frozen = True
     return draw.quantized(draw.tensor(codes), quantizer, f"weight_{count}")
 

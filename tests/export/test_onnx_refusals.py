@@ -4,7 +4,7 @@ import ast
 import json
 import os
 import stat
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,32 +21,6 @@ from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
 from vitcompress.export.onnx.verify import verify as verify_file
-from vitcompress.export.rewrites import rewritten
-
-
-@pytest.fixture
-def model(models):
-    return models("deploy", "W8A8")
-
-
-@pytest.fixture(scope="module")
-def trace(models):
-    graph, marked_model = models("deploy", "W8A8").graph, exporter.marked_model
-
-    @cache
-    def trace(**options):
-        rewrites = options["fuse_attention"]  # both are of the target for onnxruntime
-        return marked_model(rewritten(graph).graph if rewrites else graph, **options)
-
-    return trace
-
-
-@pytest.fixture
-def traced(trace, monkeypatch):
-    """Spare tests that look at what comes after tracing a trace of their own."""
-    monkeypatch.setattr(
-        exporter, "marked_model", lambda _, **options: trace(**options).clone()
-    )
 
 
 def refusal(model, path, **settings):

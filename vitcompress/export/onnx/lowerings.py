@@ -232,7 +232,9 @@ class Lowering:
     def _scaled(self, node: ir.Node) -> tuple[ir.Node, float]:
         """Return the multiplication by a number behind a product, if nothing else reads it."""
         readers = _readers(node)
-        if len(readers) != 1 or readers[0].op_type != "Mul":
+        if node.outputs[0].is_graph_output() or len(readers) != 1:
+            return node, 1.0
+        if readers[0].op_type != "Mul":
             return node, 1.0
         factors = [v.const_value for v in readers[0].inputs if v is not None and v.const_value]
         if len(factors) != 1 or factors[0].size != 1:

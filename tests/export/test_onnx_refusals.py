@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from finished import quantized
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import GEMM
@@ -209,6 +210,18 @@ def test_the_same_codes_agree(stepped):
 
     assert mismatch == 0.0
     assert likeness == pytest.approx(1.0)
+
+
+def test_signed_codes_are_less_by_half_the_range(stepped):
+    signed = "quantizers.blocks_1_fc2_input"
+    logits, codes = stepped.codes(lambda target, x: x)
+    codes[signed] = (codes[signed] - 128).to(torch.int8)
+
+    assert compare(stepped, logits, codes)[0] == 0.0
+
+    codes[signed] = (codes[signed].int() + 1).clamp(max=127).to(torch.int8)
+    with pytest.raises(ExportError, match=r"m\.onnx: blocks\.1\.fc2:input: .* are no ties"):
+        compare(stepped, logits, codes)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

@@ -305,7 +305,9 @@ def test_a_file_that_is_wrong_at_its_batch_alone_is_refused(exported, monkeypatc
 
 
 @pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_of_no_images_is_refused(exported, batch):
+def test_a_batch_of_no_images_is_refused_before_any_work(exported, batch, monkeypatch):
+    monkeypatch.setattr(exporter, "rewritten", lambda *_: pytest.fail("work was done"))
+
     with pytest.raises(ConfigError, match=f"batch: expected .* at least 1, got {batch}"):
         exported(batch=batch)
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from vitcompress.errors import ExportError
+from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx.attention import fusable_attentions
 from vitcompress.export.onnx.lowerings import Lowering
 from vitcompress.export.onnx.program import marked_model
@@ -78,6 +78,8 @@ def export_onnx(
         ExportError: A site cannot be written (all are listed), or the file fails verification.
     """
     spelling = find_target(target)
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch: expected a whole number of at least 1, got {batch}")
     quantizers = _quantizers(captured)
     refused = unsupported_sites(quantizers)
     if refused:

@@ -62,6 +62,21 @@ class Network:
             extents[0] = -1
         return self.draw(aten.reshape.default, x, extents)
 
+    def cut(self, x, axis, *extents):
+        """Cut an axis into several, in one of two spellings."""
+        if self.random.random() < 0.5:
+            return self.draw(aten.unflatten.int, x, axis, list(extents))
+        shape = self.draw.shape(x)
+        return self.reshaped(x, 0, *shape[1:axis], *extents, *shape[axis + 1 :])
+
+    def joined(self, x, first, last):
+        """Make one axis of several, in one of two spellings."""
+        if self.random.random() < 0.5:
+            return self.draw(aten.flatten.using_ints, x, first, last)
+        shape = self.draw.shape(x)
+        whole = torch.Size(shape[first : last + 1]).numel()
+        return self.reshaped(x, 0, *shape[1:first], whole, *shape[last + 1 :])
+
     # Each row alone
 
     def step_linear(self, x):
@@ -111,13 +126,18 @@ class Network:
 
     def step_heads(self, x):
         def by_heads(y):
-            parts = self.reshaped(y, 0, TOKENS, HEADS, CHANNELS // HEADS)
+            parts = self.cut(y, 2, HEADS, CHANNELS // HEADS)
             return self.draw(aten.permute.default, parts, [0, 2, 1, 3])
 
         q, k, v = (by_heads(self.linear(y)) for y in (x, self.value(), self.value()))
         probs = self.softmax(self.draw(aten.matmul.default, q, self.transposed(k)))
         found = self.transposed(self.draw(aten.matmul.default, probs, v), 1, 2)
-        return self.reshaped(found, 0, TOKENS, CHANNELS)
+        return self.joined(found, 2, 3)
+
+    def step_cut_and_joined(self, x):
+        """Rows cut into two axes, or one of one row, and joined again."""
+        extents = self.random.choice([(1, TOKENS), (TOKENS, 1)])
+        return self.joined(self.linear(self.cut(x, 1, *extents)), 1, 2)
 
     def step_probabilities_twice(self, x):
         """A product of a value with itself: one operand by rows, the other whole."""

@@ -256,6 +256,24 @@ def test_a_batch_in_an_extent_or_inferred_is_the_same(draw, batch_first):
     assert extents(called(after, "linear")[0])[1] == 1
 
 
+def test_axes_that_are_cut_and_joined_behind_the_rows_keep_them(draw):
+    x = draw(aten.unflatten.int, body(draw), 2, [2, 3])
+    x = draw(aten.flatten.using_ints, draw(aten.gelu.default, x), 2)
+
+    after, count = narrowed(draw.captured(draw(aten.select.int, x, 1, 2)))
+
+    assert count == 1
+    assert extents(called(after, "linear")[0])[1] == 1
+
+
+@pytest.mark.parametrize("extents_", [[1, TOKENS], [TOKENS, 1]])
+def test_rows_that_a_cut_states_are_left_alone(draw, extents_):
+    x = draw(aten.unflatten.int, body(draw), 1, extents_)
+    x = draw(aten.flatten.using_ints, draw(aten.gelu.default, x), 1, 2)
+
+    assert keep_needed_rows(draw.captured(draw(aten.select.int, x, 1, 2))) == 0
+
+
 # Quantizers
 
 

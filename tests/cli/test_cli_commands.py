@@ -12,6 +12,7 @@ from tiny import images
 
 import vitcompress as library
 from vitcompress import api
+from vitcompress.evaluate import onnx_predictor
 
 
 def test_checkpoint_is_quantized_on_a_folder_and_evaluated(
@@ -247,10 +248,10 @@ def test_export_prints_what_the_runtime_did(export):
         len(SEPARATE),
         len(SEPARATE),
     )
-    # Patches; query, key, value of both blocks; the patches' way to tokens; the class token.
+    # In the last block q, proj, fc1 and fc2 are of the class token alone.
     assert entry["rewrites"] == {
         "linear_patches": 1,
-        "simplify_moves": 1,
+        "simplify_moves": 3,
         "separate_projections": 2,
         "keep_needed_rows": 4,
     }
@@ -260,9 +261,21 @@ def test_export_prints_what_the_runtime_did(export):
     for words in (
         "executed in onnxruntime",
         "integer linears 14 of 14",
+        "attention: 2 of 2 cores fused",
+        "rewritten: linear_patches 1, separate_projections 2, keep_needed_rows 4",
         f"wrote {export.path}",
     ):
         assert words in printed
+
+
+def test_export_of_one_batch_takes_that_alone(vitcompress, artefact, tmp_path):
+    found = vitcompress("export", artefact, "-o", tmp_path / "m.onnx", "--batch", 2)
+
+    assert found.code == 0
+    predict = onnx_predictor(tmp_path / "m.onnx")
+    assert predict(images(2)).shape == (2, 10)
+    with pytest.raises(library.InputError, match="expected images of"):
+        predict(images(3))
 
 
 # recipes

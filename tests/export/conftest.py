@@ -9,6 +9,7 @@ from onnx_files import written_graph
 from tiny import images
 
 from vitcompress.export.onnx import exporter
+from vitcompress.export.rewrites import rewritten
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,28 @@ def export(models, tmp_path_factory):
         return SimpleNamespace(model=model, graph=graph, path=path, result=result)
 
     return export
+
+
+@pytest.fixture
+def model(models):
+    return models("deploy", "W8A8")
+
+
+@pytest.fixture(scope="session")
+def trace(models):
+    graph, marked_model = models("deploy", "W8A8").graph, exporter.marked_model
+
+    @cache
+    def trace(**options):
+        rewrites = options["fuse_attention"]  # both are of the target for onnxruntime
+        return marked_model(rewritten(graph).graph if rewrites else graph, **options)
+
+    return trace
+
+
+@pytest.fixture
+def traced(trace, monkeypatch):
+    """Spare tests that look at what comes after tracing a trace of their own."""
+    monkeypatch.setattr(
+        exporter, "marked_model", lambda _, **options: trace(**options).clone()
+    )

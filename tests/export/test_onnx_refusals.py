@@ -4,13 +4,14 @@ import ast
 import json
 import os
 import stat
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from finished import quantized
 from onnx import TensorProto, helper, numpy_helper
 from tiny import images
@@ -20,32 +21,6 @@ from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
 from vitcompress.export.onnx.verify import verify as verify_file
-from vitcompress.export.rewrites import rewritten
-
-
-@pytest.fixture
-def model(models):
-    return models("deploy", "W8A8")
-
-
-@pytest.fixture(scope="module")
-def trace(models):
-    graph, marked_model = models("deploy", "W8A8").graph, exporter.marked_model
-
-    @cache
-    def trace(**options):
-        rewrites = options["fuse_attention"]  # both are of the target for onnxruntime
-        return marked_model(rewritten(graph).graph if rewrites else graph, **options)
-
-    return trace
-
-
-@pytest.fixture
-def traced(trace, monkeypatch):
-    """Spare tests that look at what comes after tracing a trace of their own."""
-    monkeypatch.setattr(
-        exporter, "marked_model", lambda _, **options: trace(**options).clone()
-    )
 
 
 def refusal(model, path, **settings):
@@ -243,6 +218,18 @@ def test_the_same_codes_agree(stepped):
 
     assert mismatch == 0.0
     assert likeness == pytest.approx(1.0)
+
+
+def test_signed_codes_are_less_by_half_the_range(stepped):
+    signed = "quantizers.blocks_1_fc2_input"
+    logits, codes = stepped.codes(lambda target, x: x)
+    codes[signed] = (codes[signed] - 128).to(torch.int8)
+
+    assert compare(stepped, logits, codes)[0] == 0.0
+
+    codes[signed] = (codes[signed].int() + 1).clamp(max=127).to(torch.int8)
+    with pytest.raises(ExportError, match=r"m\.onnx: blocks\.1\.fc2:input: .* are no ties"):
+        compare(stepped, logits, codes)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

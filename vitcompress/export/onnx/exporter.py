@@ -110,6 +110,8 @@ def export_onnx(
         ExportError: A site cannot be written (all are listed), or the file fails verification.
     """
     spelling = find_target(target)
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch: expected a whole number of at least 1, got {batch}")
     storage = check_leftovers(leftovers)
     _check_ir(spelling, ir_path)
     check_support(captured, spelling)

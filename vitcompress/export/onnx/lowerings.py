@@ -183,7 +183,7 @@ class Lowering:
 def _scaled(node: ir.Node) -> tuple[ir.Node, float]:
     """Return the multiplication by a number behind a product, if nothing else reads it."""
     found = readers(node)
-    if len(found) != 1 or found[0].op_type != "Mul":
+    if node.outputs[0].is_graph_output() or len(found) != 1 or found[0].op_type != "Mul":
         return node, 1.0
     factors = [v.const_value for v in found[0].inputs if v is not None and v.const_value]
     if len(factors) != 1 or factors[0].size != 1:

@@ -2,8 +2,6 @@
 
 import onnx_ir as ir
 
-from vitcompress.errors import ConfigError
-
 __all__ = ["fix_batch", "quantize_early", "sums_in_front_of_norms"]
 
 #: Operators that only move values, and whose result has as many.
@@ -88,12 +86,7 @@ def fix_batch(model: ir.Model, batch: int) -> None:
     Args:
         model: Model to edit in place; its first axis of inputs and outputs is the batch.
         batch: Images in one inference.
-
-    Raises:
-        ConfigError: The size is not positive.
     """
-    if batch < 1:
-        raise ConfigError(f"batch: expected a whole number of at least 1, got {batch}")
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([batch, *list(value.shape)[1:]])

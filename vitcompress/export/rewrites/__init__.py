@@ -19,9 +19,9 @@ __all__ = ["REWRITES", "Rewritten", "rewritten"]
 #: By name, in the order in which they are applied: later ones find what earlier ones leave.
 REWRITES = {
     "linear_patches": linear_patches,
-    "simplify_moves": simplify_moves,
     "separate_projections": separate_projections,
     "keep_needed_rows": keep_needed_rows,
+    "simplify_moves": simplify_moves,
 }
 #: Largest change of the outputs, relative to their largest magnitude, that counts as none.
 FUNCTION_TOLERANCE = 1e-4

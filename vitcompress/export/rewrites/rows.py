@@ -15,7 +15,13 @@ from torch import fx
 from vitcompress.export.rewrites.copies import call_copy, quantizer_of
 from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import is_quantizer
-from vitcompress.graph.metadata import TensorInfo, info, list_argument, node_argument
+from vitcompress.graph.metadata import (
+    TensorInfo,
+    info,
+    int_argument,
+    list_argument,
+    node_argument,
+)
 from vitcompress.graph.moves import probe_shape
 from vitcompress.graph.ops import is_op
 from vitcompress.quantizers import PerChannel, PerTensor
@@ -26,6 +32,8 @@ __all__ = ["keep_needed_rows"]
 ELEMENTWISE = (ops.ADD, ops.SUB, ops.MUL, ops.DIV, ops.ACTIVATION, ops.GATE)
 #: Reshapes that state all extents of their result.
 STATED = (ops.VIEW, {ops.reshape})
+#: Largest share of the rows that is worth the slices; all but the class token is not.
+MOST_ROWS = 0.5
 #: A batch that no extent of a network is a multiple of: tells extents of batches from others.
 LARGE_BATCH = 1_000_003
 
@@ -95,7 +103,7 @@ def keep_needed_rows(captured: CapturedGraph) -> int:
 
 
 def _needed(node: fx.Node, demands: dict[fx.Node, Demands]) -> Rows | None:
-    """Return the rows that the users of a value read; ``None`` for all of it."""
+    """Return the few rows that the users of a value read; ``None`` for all of it."""
     if "info" not in node.meta or node.op == "placeholder":
         return None
     found: list[Rows] = []
@@ -112,9 +120,10 @@ def _needed(node: fx.Node, demands: dict[fx.Node, Demands]) -> Rows | None:
             return None
     if not found or len({rows.axis for rows in found}) > 1:
         return None
-    axis = found[0].axis
+    extent = info(node).shape[found[0].axis]
     start, stop = min(r.start for r in found), max(r.stop for r in found)
-    return None if stop - start == info(node).shape[axis] else Rows(axis, start, stop)
+    few = isinstance(extent, int) and stop - start <= MOST_ROWS * extent
+    return Rows(found[0].axis, start, stop) if few else None
 
 
 def _times_read(node: fx.Node, user: fx.Node) -> int:
@@ -180,7 +189,7 @@ def _demands(captured: CapturedGraph, node: fx.Node, rows: Rows) -> Iterator[tup
         first, second = (int(d) % rank for d in node.args[1:3] if isinstance(d, int))
         swapped = {first: second, second: first}
         yield from _along(node, swapped.get(axis, axis), rows)
-    elif is_op(node, *STATED):
+    elif is_op(node, *STATED, ops.FLATTEN, ops.UNFLATTEN):
         found = _before_reshape(node, axis)
         if found is not None:
             yield from _along(node, found, rows)
@@ -205,12 +214,17 @@ def _before_reshape(node: fx.Node, axis: int) -> int | None:
     """Return which axis of a reshape's operand its axis is, if it stays one."""
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
-    if "info" not in operand.meta or not isinstance(list_argument(node, 1)[axis], int):
+    if "info" not in operand.meta:
+        return None
+    if is_op(node, *STATED) and not isinstance(list_argument(node, 1)[axis], int):
         return None
     old, new = (probe_shape(info(value), LARGE_BATCH) for value in (operand, node))
     if old is None or new is None:
         return None
-    for candidate in range(1, len(old)):
+    last = len(old)
+    if is_op(node, ops.UNFLATTEN):  # what it makes of an axis, it states
+        last = int_argument(node, 1) % last
+    for candidate in range(1, last):
         same = old[candidate] == new[axis]
         if same and math.prod(old[:candidate]) == math.prod(new[:axis]):
             return candidate

@@ -150,7 +150,7 @@ def test_a_value_may_be_both_operands_of_one_product(draw, tmp_path):
 
     (product,) = graph.of_type(PRODUCT)
     left, right = (graph.made_by[name] for name in product.input[:2])
-    assert {left.name, right.name} == {"probs", "probs:signed"}
+    assert {left.name, right.name} == {"probs", "probs:right"}
 
 
 def test_a_right_operand_may_be_read_by_a_linear_and_in_float_too(draw, tmp_path):

@@ -20,6 +20,7 @@ from vitcompress import Recipe
 from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
+from vitcompress.export.onnx.activations import StoredCodes
 from vitcompress.export.onnx.verify import verify as verify_file
 
 
@@ -220,16 +221,14 @@ def test_the_same_codes_agree(stepped):
     assert likeness == pytest.approx(1.0)
 
 
-def test_signed_codes_are_less_by_half_the_range(stepped):
-    signed = "quantizers.blocks_1_fc2_input"
-    logits, codes = stepped.codes(lambda target, x: x)
-    codes[signed] = (codes[signed] - 128).to(torch.int8)
+def test_codes_of_a_file_are_led_back_to_the_quantizers():
+    own = torch.arange(-128, 128, dtype=torch.int32).reshape(2, 8, 16)
+    stored = (own - 5).permute(2, 0, 1).clamp(-128, 127).to(torch.int8)
 
-    assert compare(stepped, logits, codes)[0] == 0.0
+    found = StoredCodes("codes", offset=5, order=(1, 2, 0)).of(stored)
 
-    codes[signed] = (codes[signed].int() + 1).clamp(max=127).to(torch.int8)
-    with pytest.raises(ExportError, match=r"m\.onnx: blocks\.1\.fc2:input: .* are no ties"):
-        compare(stepped, logits, codes)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, own.clamp(-123, 132))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

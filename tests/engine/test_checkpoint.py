@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import images, make_source, tiny_vit
 
-from vitcompress.engine import run_recipe
+from vitcompress.engine import LocalEngine, run_recipe
 from vitcompress.engine.checkpoint import Checkpoint, StageCheckpoint, digest_of
 from vitcompress.errors import ConfigError, InputError
 from vitcompress.graph import capture
@@ -35,7 +35,9 @@ def recipe(**settings):
 def run(vit_graph):
     def run(folder=None, seed=1, graph=vit_graph, **settings):
         source = make_source(images(8, seed=seed))
-        return run_recipe(recipe(**settings), graph, source, folder)
+        chosen = recipe(**settings)
+        stored = None if folder is None else Checkpoint.of_run(folder, chosen, graph, source)
+        return run_recipe(chosen, graph, source, LocalEngine(stored))
 
     return run
 

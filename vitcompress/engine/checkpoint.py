@@ -15,9 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vitcompress.artifact.files import write_file
+from vitcompress.calibration import CalibrationSource
 from vitcompress.errors import ConfigError, InputError
 from vitcompress.graph import CapturedGraph
 from vitcompress.passes.blocks import BlockOutcome
+from vitcompress.recipe import Recipe
 
 __all__ = ["Checkpoint", "StageCheckpoint", "digest_of"]
 
@@ -59,6 +61,24 @@ class Checkpoint:
             raise ConfigError(f"{folder}: holds files that are no checkpoint; name another")
         content = json.dumps({"format": FORMAT, "identity": dict(identity)}, indent=1) + "\n"
         write_file(path, lambda draft: _write_text(draft, content))
+
+    @classmethod
+    def of_run(
+        cls, folder: Path, recipe: Recipe, reference: CapturedGraph, source: CalibrationSource
+    ) -> "Checkpoint":
+        """Open the checkpoint of the run that these three decide.
+
+        Raises:
+            ConfigError: The directory belongs to another run, or holds other files.
+            InputError: It is damaged.
+        """
+        identity = {
+            "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
+            "model": digest_of(reference),
+            "images": source.digest(),
+            "torch": torch.__version__,
+        }
+        return cls(folder, identity)
 
     def stage(self) -> "StageCheckpoint":
         """Return the part of the next walk through the blocks."""

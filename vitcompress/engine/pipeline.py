@@ -1,16 +1,13 @@
 """Apply the passes of a recipe in order, and check after each what it claimed."""
 
-import hashlib
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vitcompress.calibration import CalibrationSource
 from vitcompress.calibration.interpreter import run
-from vitcompress.engine.checkpoint import Checkpoint, digest_of
 from vitcompress.engine.local import LocalEngine
 from vitcompress.engine.memory import PeakMemory
 from vitcompress.errors import ConfigError, PassError, VitcompressError
@@ -47,7 +44,7 @@ def run_recipe(
     recipe: Recipe,
     reference: CapturedGraph,
     source: CalibrationSource,
-    checkpoint: Path | None = None,
+    engine: LocalEngine | None = None,
 ) -> tuple[CapturedGraph, list[PassRecord]]:
     """Return the compressed graph and a record of each pass.
 
@@ -55,15 +52,13 @@ def run_recipe(
         recipe: Passes in order.
         reference: The float model; not changed.
         source: Calibration images.
-        checkpoint: Directory in which passes that reconstruct keep the blocks they finished;
-            the same run started again goes on from there, and gives the same bits.
+        engine: Runs data through graphs; one without memory by default.
 
     Raises:
-        ConfigError: The checkpoint is that of another run.
         PassError: A pass failed, or did not do what it claims.
     """
     graph = teacher = reference.clone()
-    engine = LocalEngine(_checkpoint(checkpoint, recipe, reference, source))
+    engine = engine or LocalEngine()
     generator = torch.Generator().manual_seed(recipe.seed)
     records: list[PassRecord] = []
     for index, step in enumerate(recipe.passes):
@@ -96,20 +91,6 @@ def run_recipe(
             )
         )
     return graph, records
-
-
-def _checkpoint(
-    folder: Path | None, recipe: Recipe, reference: CapturedGraph, source: CalibrationSource
-) -> Checkpoint | None:
-    if folder is None:
-        return None
-    identity = {
-        "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
-        "model": digest_of(reference),
-        "images": source.digest(),
-        "torch": torch.__version__,
-    }
-    return Checkpoint(folder, identity)
 
 
 def _outputs(graph: CapturedGraph, step: Pass) -> tuple[Tensor, ...] | None:

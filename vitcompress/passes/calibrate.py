@@ -122,7 +122,7 @@ class Calibrate:
         if self._uses_histogram(quantizer):
             return Histogram
         axis, rows = _rows_of_an_image(site.value)
-        return lambda: Samples(self.config.sample_images * rows, axis=axis)
+        return partial(Samples, self.config.sample_images * rows, axis=axis)
 
     def _uses_histogram(self, quantizer: Quantizer) -> bool:
         return (

@@ -7,9 +7,10 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
-from vitcompress.calibration.interpreter import run, walk
+from vitcompress.calibration.interpreter import Visit, run, walk
 from vitcompress.calibration.observers import Observer
 from vitcompress.graph import CapturedGraph, enumerate_sites
+from vitcompress.graph.edit import is_quantizer
 
 __all__ = ["LocalEngine"]
 
@@ -39,18 +40,22 @@ class LocalEngine:
         self,
         graph: CapturedGraph,
         source: CalibrationSource,
-        visit: Callable[[fx.Node, list[Tensor]], None],
+        visit: Visit,
+        *,
+        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once in step, quantizer by quantizer."""
         with tqdm(
             total=len(graph.quantizers()), desc="calibrating", disable=None, leave=False
         ) as bar:
 
-            def visit_and_count(node: fx.Node, values: list[Tensor]) -> None:
-                visit(node, values)
-                bar.update()
+            def visit_and_count(
+                node: fx.Node, values: list[Tensor], floats: list[Tensor]
+            ) -> None:
+                visit(node, values, floats)
+                bar.update(is_quantizer(node))
 
-            walk(graph, (batch.images for batch in source), visit_and_count)
+            walk(graph, (batch.images for batch in source), visit_and_count, beside=beside)
 
     @torch.no_grad()
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:

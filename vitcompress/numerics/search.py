@@ -58,7 +58,7 @@ def shrunk_ranges(values: Tensor, *, steps: int, smallest: float) -> tuple[Tenso
 
 def best_candidate(
     low: Tensor, high: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each group, the candidate range of least loss; ties keep the earlier one.
 
     Args:
@@ -67,7 +67,7 @@ def best_candidate(
         loss: Maps one candidate, ``low [G], high [G]``, to its loss ``[G]``.
 
     Returns:
-        ``(low, high)``, each ``[G]``.
+        ``(low, high, loss)``, each ``[G]``.
     """
     best_low, best_high = low[0], high[0]
     best = loss(best_low, best_high)
@@ -77,4 +77,4 @@ def best_candidate(
         best = torch.where(better, found, best)
         best_low = torch.where(better, candidate_low, best_low)
         best_high = torch.where(better, candidate_high, best_high)
-    return best_low, best_high
+    return best_low, best_high, best

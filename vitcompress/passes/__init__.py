@@ -3,8 +3,11 @@
 from vitcompress.passes.attach import Attach
 from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
 from vitcompress.passes.calibrate import Calibrate
+from vitcompress.passes.erq import Erq
 from vitcompress.passes.freeze import Freeze
+from vitcompress.passes.gptq import Gptq
 from vitcompress.passes.integer_bias import IntegerBias
+from vitcompress.passes.massive_activations import MassiveActivations
 from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
 
@@ -12,9 +15,12 @@ __all__ = [
     "PASSES",
     "Attach",
     "Calibrate",
+    "Erq",
     "Fact",
     "Freeze",
+    "Gptq",
     "IntegerBias",
+    "MassiveActivations",
     "Pass",
     "PassContext",
     "PassReport",

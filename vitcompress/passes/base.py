@@ -1,14 +1,15 @@
 """The contract of a pass: declare statistics, apply, report; the facts that order passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
+from vitcompress.calibration.interpreter import Visit
 from vitcompress.graph import CapturedGraph
 from vitcompress.quantizers import Quantizer
 
@@ -66,7 +67,9 @@ class Engine(Protocol):
         self,
         graph: CapturedGraph,
         source: CalibrationSource,
-        visit: Callable[[fx.Node, list[Tensor]], None],
+        visit: Visit,
+        *,
+        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once through the graph in step; see ``calibration.interpreter``."""
 

@@ -18,7 +18,7 @@ from vitcompress.calibration import (
     Request,
     Samples,
     Statistics,
-    search_range,
+    fit_range,
 )
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
@@ -141,14 +141,25 @@ class Calibrate:
     ) -> None:
         by_target = {site.quantizer: (site, quantizer) for site, quantizer in pending}
 
-        def visit(node: fx.Node, values: list[Tensor]) -> None:
+        def visit(node: fx.Node, values: list[Tensor], floats: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
-                axis, _ = _rows_of_an_image(site)
-                stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
-                self._set(graph, site, quantizer, stacked, None, context.generator)
+                stacked, counts = self._stacked(site, quantizer, values)
+                self._set(graph, site, quantizer, stacked, counts, context.generator)
 
         context.engine.walk(graph, context.source, visit)
+
+    def _stacked(
+        self, site: QuantizationSite, quantizer: Quantizer, values: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the values of all batches, as a histogram where each is tried many times."""
+        if self.config.method == "mse" and self._uses_histogram(quantizer):
+            histogram = Histogram()
+            for value in values:
+                histogram.update(value)
+            return histogram.result()
+        axis, _ = _rows_of_an_image(site)
+        return torch.cat(values, dim=axis) if len(values) > 1 else values[0], None
 
     def _set(
         self,
@@ -174,8 +185,7 @@ class Calibrate:
                 values = _some_rows(values, self.config.sample_tokens, generator)
         if not site.stored and type(quantizer.spec.granularity) is not PerTensor:
             config = _without_zero(config)
-        low, high = search_range(quantizer, values, config, counts=counts, reader=reader)
-        quantizer.set_range(low, high)
+        fit_range(quantizer, values, config, counts=counts, reader=reader)
 
 
 def _rows_of_an_image(site: QuantizationSite) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Number formats: a closed set, each with quantize, dequantize and a table or affine map."""
 
 from vitcompress.errors import ConfigError
+from vitcompress.quantizers.adalog import AdaLog
 from vitcompress.quantizers.affine import Affine
 from vitcompress.quantizers.base import Quantizer
 from vitcompress.quantizers.codebook import Codebook
@@ -16,6 +17,7 @@ from vitcompress.quantizers.spec import (
 
 __all__ = [
     "FORMATS",
+    "AdaLog",
     "Affine",
     "Codebook",
     "Granularity",
@@ -31,7 +33,12 @@ __all__ = [
 ]
 
 #: Format name in a spec -> class.
-FORMATS: dict[str, type[Quantizer]] = {"affine": Affine, "log2": Log2, "log_sqrt2": LogSqrt2}
+FORMATS: dict[str, type[Quantizer]] = {
+    "affine": Affine,
+    "log2": Log2,
+    "log_sqrt2": LogSqrt2,
+    "adalog": AdaLog,
+}
 
 
 def make_quantizer(spec: QuantSpec, site: str = "") -> Quantizer:

@@ -22,6 +22,10 @@ class Codebook(Quantizer):
     def unit_table(self) -> Tensor:
         """Return the value of each code for scale 1, float32."""
 
+    def table(self) -> Tensor:
+        """Return the value of each code, float32; per tensor only."""
+        return self.unit_table() * self.scale
+
     @property
     def code_dtype(self) -> torch.dtype:
         # The extra zero code of a format that is not strict needs a ninth bit at 8 bits.

@@ -20,6 +20,7 @@ from vitcompress.export.onnx.program import DOMAIN
 from vitcompress.export.onnx.support import axis_of, bias_codes, half_range, stored_rows
 from vitcompress.export.onnx.targets import Target
 from vitcompress.quantizers import (
+    AdaLog,
     Affine,
     Log2,
     PerGroup,
@@ -306,9 +307,12 @@ class Lowering:
 
     def _log_table(self, node: ir.Node, quantizer: Log2) -> ir.Value:
         """Encode by a logarithm, decode by looking the code up in a table of ``2^bits``."""
-        table = quantizer.unit_table() * quantizer.scale
+        table = quantizer.table()
         factor = np.float32(-quantizer.steps_per_octave / np.log(2.0))
-        positive = self._add(node, "Relu", [node.inputs[0]])
+        value = node.inputs[0]
+        if isinstance(quantizer, AdaLog):
+            value = self._add(node, "Add", [value, self._constant(quantizer.shift.numpy())])
+        positive = self._add(node, "Relu", [value])
         ratio = self._add(node, "Div", [positive, self._constant(quantizer.scale.numpy())])
         log = self._add(node, "Log", [ratio])
         steps = self._add(node, "Mul", [log, self._constant(factor)])

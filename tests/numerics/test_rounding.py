@@ -1,5 +1,7 @@
 """GPTQ and the ridge steps of ERQ, as maths: what each promises, on cases worked by hand."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from vitcompress.numerics.rounding import (
     weight_correction,
 )
 
-O, I = 6, 24
+OUT, IN = 6, 24
 
 
 def grid_for(weight, bits=3, symmetric=False):
@@ -29,15 +31,15 @@ def grid_for(weight, bits=3, symmetric=False):
 
 def correlated(rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(8, I, generator=torch.Generator().manual_seed(7))
+    mixing = torch.randn(8, IN, generator=torch.Generator().manual_seed(7))
     latent = torch.randn(rows, 8, generator=generator)
-    noise = torch.randn(rows, I, generator=generator)
+    noise = torch.randn(rows, IN, generator=generator)
     return (latent @ mixing + 0.2 * noise + 0.5).double()
 
 
 @pytest.fixture
 def weight():
-    return torch.randn(O, I, generator=torch.Generator().manual_seed(1)).double()
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)).double()
 
 
 @pytest.fixture
@@ -60,9 +62,9 @@ def error(difference, x):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gptq_with_a_diagonal_hessian_is_nearest_rounding_bit_for_bit(weight, symmetric):
     grid = grid_for(weight, symmetric=symmetric)
-    hessian = torch.diag(torch.rand(I, dtype=torch.float64) + 0.1)
+    hessian = torch.diag(torch.rand(IN, dtype=torch.float64) + 0.1)
 
-    found = gptq(weight, hessian, grid, columns=I, descending=True)
+    found = gptq(weight, hessian, grid, columns=IN, descending=True)
 
     assert torch.equal(found, grid.nearest(weight, slice(None)))
 
@@ -75,9 +77,7 @@ def test_gptq_beats_nearest_rounding_on_seen_and_unseen_rows(
     grid = grid_for(weight, symmetric=symmetric)
     unseen = correlated(500, 3)
 
-    found = gptq(
-        weight, damped(moment, 0.01, I), grid, columns=I, descending=descending
-    )
+    found = gptq(weight, damped(moment, 0.01, IN), grid, columns=IN, descending=descending)
 
     nearest = grid.nearest(weight, slice(None))
     for x in (data, unseen):
@@ -87,7 +87,7 @@ def test_gptq_beats_nearest_rounding_on_seen_and_unseen_rows(
 def test_gptq_ends_exactly_on_the_grid_of_each_row(weight, moment):
     grid = grid_for(weight)
 
-    found = gptq(weight, damped(moment, 0.01, I), grid, columns=I, descending=True)
+    found = gptq(weight, damped(moment, 0.01, IN), grid, columns=IN, descending=True)
 
     codes = found / grid.scale + grid.zero_point
     torch.testing.assert_close(codes, codes.round(), rtol=0.0, atol=1e-9)
@@ -97,32 +97,32 @@ def test_gptq_ends_exactly_on_the_grid_of_each_row(weight, moment):
 
 def test_gptq_equals_the_textbook_recursion(weight, moment):
     # Optimal brain surgery, one column at a time, the inverse recomputed for what is left.
-    grid, hessian = grid_for(weight), damped(moment, 0.05, I)
+    grid, hessian = grid_for(weight), damped(moment, 0.05, IN)
     expected = weight.clone()
-    for j in range(I):
+    for j in range(IN):
         inverse = torch.linalg.inv(hessian[j:, j:])
         rounded = grid.nearest(expected[:, j : j + 1], slice(j, j + 1))
         step = (expected[:, j : j + 1] - rounded) / inverse[0, 0]
         expected[:, j:] -= step * inverse[0]
         expected[:, j : j + 1] = rounded
 
-    found = gptq(weight, hessian, grid, columns=I, descending=False)
+    found = gptq(weight, hessian, grid, columns=IN, descending=False)
 
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_bias_column_is_never_rounded_and_takes_the_constant_error(weight, data):
     x = torch.cat([data, torch.ones(len(data), 1)], dim=1)
-    matrix = torch.cat([weight, torch.full((O, 1), 0.123).double()], dim=1)
-    hessian = damped(x.T @ x / len(x), 0.01, I)
+    matrix = torch.cat([weight, torch.full((OUT, 1), 0.123).double()], dim=1)
+    hessian = damped(x.T @ x / len(x), 0.01, IN)
     grid = grid_for(weight)
 
-    found = gptq(matrix, hessian, grid, columns=I, descending=True)
+    found = gptq(matrix, hessian, grid, columns=IN, descending=True)
 
-    codes = found[:, I] / grid.scale[:, 0]
+    codes = found[:, IN] / grid.scale[:, 0]
     assert (codes - codes.round()).abs().max() > 0.01
     shift = (x @ (found - matrix).T).mean(dim=0)
-    without = (data @ (found - matrix)[:, :I].T).mean(dim=0)
+    without = (data @ (found - matrix)[:, :IN].T).mean(dim=0)
     assert shift.abs().max() < 0.1 * without.abs().max()
 
 
@@ -132,7 +132,7 @@ def test_a_channel_that_never_fires_is_rounded_by_itself(weight, data):
     grid = grid_for(weight)
 
     found = gptq(
-        weight, damped(silent.T @ silent / 500, 0.01, I), grid, columns=I, descending=True
+        weight, damped(silent.T @ silent / 500, 0.01, IN), grid, columns=IN, descending=True
     )
 
     assert torch.equal(found[:, 5], grid.nearest(weight[:, 5:6], slice(5, 6))[:, 0])
@@ -190,9 +190,9 @@ def test_each_compensation_lowers_the_error_given_the_columns_already_rounded(
     weight, data, moment
 ):
     grid = grid_for(weight, bits=2)
-    everything = torch.arange(I)
+    everything = torch.arange(IN)
     current = weight.clone()
-    for start, stop in halving_rounds(I)[:-1]:
+    for start, stop in halving_rounds(IN)[:-1]:
         rounded = grid.nearest(current[:, start:stop], slice(start, stop))
         change = rounded - current[:, start:stop]
         current[:, start:stop] = rounded
@@ -207,7 +207,7 @@ def test_each_compensation_lowers_the_error_given_the_columns_already_rounded(
 
 def test_an_infinite_ridge_compensates_nothing(moment):
     added = weight_correction(
-        torch.ones(O, 4).double(), moment, torch.arange(4), torch.arange(4, I), 1e12
+        torch.ones(OUT, 4).double(), moment, torch.arange(4), torch.arange(4, IN), 1e12
     )
 
     assert added.abs().max() < 1e-9
@@ -235,7 +235,7 @@ def test_refinement_stays_with_the_two_neighbours_and_never_increases_the_error(
         assert ((found == nearest) | (found == other)).all()
         losses.append(loss(found))
 
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before + 1e-12).all()
     assert losses[-1].sum() < 0.8 * losses[0].sum()
 

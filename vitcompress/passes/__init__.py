@@ -8,6 +8,7 @@ from vitcompress.passes.freeze import Freeze
 from vitcompress.passes.gptq import Gptq
 from vitcompress.passes.integer_bias import IntegerBias
 from vitcompress.passes.massive_activations import MassiveActivations
+from vitcompress.passes.range_search import RangeSearch
 from vitcompress.passes.refine_ranges import RefineRanges
 from vitcompress.passes.repq_vit import RepqVit
 
@@ -24,6 +25,7 @@ __all__ = [
     "Pass",
     "PassContext",
     "PassReport",
+    "RangeSearch",
     "RefineRanges",
     "RepqVit",
     "register",

@@ -16,7 +16,7 @@ from harness import calibration, evaluation, load_asset, recording
 
 import calib
 from vitcompress.engine import run_recipe
-from vitcompress.evaluate import Predictor, evaluate, onnx_predictor
+from vitcompress.evaluate import Predictor, Replay, evaluate, onnx_predictor
 from vitcompress.export.onnx import export_onnx
 from vitcompress.graph import CapturedGraph, capture
 from vitcompress.recipe import Scheme, load_recipe
@@ -78,18 +78,6 @@ def main() -> None:
 def logits(model: Predictor, images: Iterable[calib.Batch]) -> torch.Tensor:
     """Return the logits of all images, ``[N, O]``."""
     return torch.cat([model(batch.images) for batch in images])
-
-
-class Replay:
-    """Gives known logits again, batch by batch, instead of computing them."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
-        self.position = 0
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        start, self.position = self.position, self.position + len(images)
-        return self.logits[start : self.position]
 
 
 def executed(

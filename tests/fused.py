@@ -6,19 +6,27 @@ from vitcompress.export.onnx.attention import fusable_attentions, place_attentio
 
 
 class Reference(nn.Module):
-    """What a runtime's fused attention computes from ``[B, N, H D]``, in plain words."""
+    """What a runtime's fused attention computes from ``[B, N, H D]``, in plain words.
+
+    Or from ``[B, H, N, D]``; the result is arranged as the query.
+    """
 
     def __init__(self, heads, scale):
         super().__init__()
         self.heads, self.scale = heads, scale
 
     def forward(self, query, key, value, bias=None):
-        q, k, v = (
+        if query.dim() == 4:
+            return self.core(query, key, value, bias)
+        by_heads = (
             x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (query, key, value)
         )
-        scores = self.scale * (q @ k.transpose(2, 3))
+        return self.core(*by_heads, bias).transpose(1, 2).flatten(2)
+
+    def core(self, query, key, value, bias):
+        scores = self.scale * (query @ key.transpose(2, 3))
         scores = scores if bias is None else scores + bias
-        return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        return scores.softmax(dim=-1) @ value
 
 
 def fused_graph(graph):

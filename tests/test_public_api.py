@@ -29,6 +29,7 @@ PUBLIC = {
         "Recipe",
         "UnsupportedModelError",
         "VitcompressError",
+        "analyze",
         "benchmark",
         "capture",
         "evaluate",
@@ -36,6 +37,14 @@ PUBLIC = {
         "load",
         "load_model",
         "quantize",
+        "sweep",
+    ],
+    "vitcompress.analyze": [
+        "Analysis",
+        "AnalysisEntry",
+        "Distance",
+        "analyze",
+        "read_analysis",
     ],
     "vitcompress.artifact": [
         "StoredModel",
@@ -44,6 +53,7 @@ PUBLIC = {
         "write_artifact",
         "write_directory",
         "write_file",
+        "write_files",
     ],
     "vitcompress.calibration": [
         "Batch",
@@ -70,6 +80,19 @@ PUBLIC = {
         "Verification",
         "export_onnx",
     ],
+    "vitcompress.export.rewrites": ["REWRITES", "Rewritten", "rewritten"],
+    "vitcompress.gate": [
+        "Baseline",
+        "CellVerdict",
+        "GateReport",
+        "MetricVerdict",
+        "judge",
+        "read_baseline",
+        "to_junit",
+        "to_markdown",
+        "update_baseline",
+    ],
+    "vitcompress.html_report": ["to_csv", "to_html", "to_markdown", "write_report"],
     "vitcompress.graph": [
         "CapturedGraph",
         "OutputDict",
@@ -109,6 +132,14 @@ PUBLIC = {
         "QuantSpec",
         "Quantizer",
         "make_quantizer",
+    ],
+    "vitcompress.sweep": [
+        "FailedCell",
+        "GridCell",
+        "Sweep",
+        "SweepIndex",
+        "read_sweep",
+        "sweep",
     ],
 }
 
@@ -171,10 +202,21 @@ def test_arguments_of_the_entry_points_keep_their_names():
         *("model", "bits", "scheme", "recipe", "source", "overrides", "model_id"),
     ]
     assert names(vitcompress.load) == ["path"]
-    assert names(vitcompress.export_onnx) == ["model", "path", "target"]
+    assert names(vitcompress.export_onnx) == [
+        *("model", "path", "target", "leftovers", "ir"),
+    ]
     assert names(vitcompress.evaluate) == ["model", "source", "reference", "execution", "data"]
     assert names(vitcompress.benchmark) == [
         *("paths", "runtime", "threads", "batches", "rounds", "references", "seed"),
+    ]
+    assert names(vitcompress.sweep) == [
+        *("model", "output", "schemes", "recipes", "evaluation", "seeds", "calibration"),
+        *("samples", "eval_samples", "batch_size", "jobs", "engine", "address", "model_id"),
+        *("command", "say"),
+    ]
+    assert names(vitcompress.analyze) == [
+        *("model", "bits", "scheme", "recipe", "source", "evaluation", "mode", "by", "budget"),
+        *("overrides", "model_id", "command"),
     ]
     assert names(vitcompress.CompressedModel.save) == ["self", "path", "overwrite"]
     assert names(calib.open_source)[:2] == ["spec", "samples"]

@@ -59,18 +59,32 @@ def test_report_of_another_layout_is_refused_with_the_place(report, edit, reason
     assert str(caught.value).startswith("out/report.json: ")
 
 
+def test_report_of_an_earlier_version_lacks_the_command_and_is_read(report):
+    content = json.loads(report.to_json())
+    for name in ("model_digest", "resolved_recipe", "command"):
+        del content["protocol"][name]
+
+    found = CompressionReport.from_json(json.dumps(content))
+
+    assert found.protocol.model_digest is None
+    assert found.protocol.seed == report.protocol.seed
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_text_that_is_no_report_is_refused(text):
     with pytest.raises(ArtifactError, match=r"report\.json"):
         CompressionReport.from_json(text)
 
 
-def test_protocol_says_under_which_conditions_the_figures_hold(report, source):
+def test_protocol_says_under_which_conditions_the_figures_hold(model, report, source):
     protocol = report.protocol
 
     assert protocol.sample_ids == tuple(f"array[{n}]" for n in range(8))
     assert protocol.source_digest == source.digest()
     assert protocol.source == source.describe()
+    assert len(protocol.model_digest) == 64
+    assert protocol.resolved_recipe == model.recipe.to_yaml()
+    assert protocol.command is None
     assert protocol.preprocessing is None
     assert protocol.seed == 0
     assert protocol.versions["torch"] == torch.__version__

@@ -7,6 +7,7 @@ q.save("out/")
 q.export_onnx("model.onnx")
 """
 
+from vitcompress.analyze import analyze
 from vitcompress.api import CompressedModel, export_onnx, load, quantize
 from vitcompress.benchmark import benchmark
 from vitcompress.errors import (
@@ -22,6 +23,7 @@ from vitcompress.evaluate import evaluate
 from vitcompress.graph import capture
 from vitcompress.models import load_model
 from vitcompress.recipe import Recipe
+from vitcompress.sweep import sweep
 
 __all__ = [
     "ArtifactError",
@@ -33,6 +35,7 @@ __all__ = [
     "Recipe",
     "UnsupportedModelError",
     "VitcompressError",
+    "analyze",
     "benchmark",
     "capture",
     "evaluate",
@@ -40,4 +43,5 @@ __all__ = [
     "load",
     "load_model",
     "quantize",
+    "sweep",
 ]

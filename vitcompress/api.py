@@ -11,17 +11,18 @@ import yaml
 from torch import Tensor, nn
 
 import calib
-from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_file
+from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_files
 from vitcompress.calibration import CalibrationSource
-from vitcompress.engine import run_recipe
+from vitcompress.engine import LocalEngine, run_recipe
 from vitcompress.engine.memory import PeakMemory
 from vitcompress.errors import ArtifactError, ConfigError
-from vitcompress.evaluate import evaluate
+from vitcompress.evaluate import Replay, evaluate
 from vitcompress.export.onnx import ExportResult
 from vitcompress.export.onnx import export_onnx as write_onnx
 from vitcompress.graph import CapturedGraph, OutputDict, capture
 from vitcompress.measure import measure_activations
 from vitcompress.models import LoadedModel
+from vitcompress.models.identity import model_digest
 from vitcompress.models.preprocessing import from_attributes
 from vitcompress.recipe import Recipe, Scheme, default_recipe, load_recipe
 from vitcompress.report import (
@@ -98,6 +99,9 @@ class CompressedModel:
         path: str | Path,
         *,
         target: str = "ort-cpu",
+        batch: int | None = None,
+        leftovers: str = "float32",
+        ir: bool = False,
         images: Tensor | None = None,
         overwrite: bool = True,
     ) -> ExportResult:
@@ -105,12 +109,16 @@ class CompressedModel:
 
         Args:
             path: File to write.
-            target: ``ort-cpu`` or ``generic``.
+            target: ``ort-cpu``, ``openvino``, ``tensorrt`` or ``generic``.
+            batch: Images in one inference; any number by default.
+            leftovers: How tables that no quantizer reads (position embeddings, class tokens)
+                are stored: ``float32``, ``float16`` or ``int8``.
+            ir: Write OpenVINO's own form beside the file as well, as ``.xml`` and ``.bin``.
             images: Preprocessed images for the comparison; rendered ones by default.
-            overwrite: Replace an existing file.
+            overwrite: Replace existing files.
 
         Raises:
-            ConfigError: The target is unknown, or the file cannot be written.
+            ConfigError: A setting is unknown, or a file cannot be written.
             ExportError: The model cannot be written for the target, or the file is wrong.
         """
         results: list[ExportResult] = []
@@ -124,12 +132,23 @@ class CompressedModel:
             else self.preprocessing.to_dict(),
         }
 
-        def write(draft: Path) -> None:
+        def write(*drafts: Path) -> None:
             results.append(
-                write_onnx(self.graph, draft, images, target=target, metadata=metadata)
+                write_onnx(
+                    self.graph,
+                    drafts[0],
+                    images,
+                    target=target,
+                    batch=batch,
+                    leftovers=leftovers,
+                    ir_path=drafts[1] if ir else None,
+                    metadata=metadata,
+                )
             )
 
-        write_file(Path(path), write, overwrite=overwrite)
+        destination = Path(path)
+        beside = [destination.with_suffix(ending) for ending in (".xml", ".bin") if ir]
+        write_files([destination, *beside], write, overwrite=overwrite)
         entry = ExportEntry.of(results[0])
         self.report = self.report.model_copy(update={"exports": (*self.report.exports, entry)})
         return results[0]
@@ -173,17 +192,54 @@ def quantize(
     """
     chosen = resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=overrides)
     stages: list[StageEntry] = []
-    source = _bound_source(model, source)
+    source = bound_source(model, source)
     with _stage("read images", stages):
-        source_digest, first = source.digest(), next(iter(source)).images
+        first = next(iter(source)).images
     with _stage("capture", stages):
-        reference = _captured(model, first[:2], model_id)
+        reference = captured(model, first[:2], model_id)
+    return compress(
+        chosen,
+        reference,
+        source,
+        engine=LocalEngine(),
+        model_digest=model_digest(model),
+        stages=stages,
+    )
+
+
+def compress(
+    recipe: Recipe,
+    reference: CapturedGraph,
+    source: CalibrationSource,
+    *,
+    engine: LocalEngine,
+    model_digest: str,
+    stages: Sequence[StageEntry] = (),
+    expected: Tensor | None = None,
+) -> CompressedModel:
+    """Return what a recipe makes of a captured model, with a report.
+
+    Args:
+        recipe: Passes in order.
+        reference: The float model; not changed.
+        source: Calibration images.
+        engine: Runs data through graphs; it may know some answers already.
+        model_digest: Of the float model, for the report.
+        stages: What was done before, for the report.
+        expected: Logits of the float model on the source, if they are known, ``[N, O]``.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        PassError: A pass failed on this model.
+    """
+    stages = list(stages)
     with _stage("compress", stages):
-        graph, records = run_recipe(chosen, reference, source)
+        graph, records = run_recipe(recipe, reference, source, engine)
     with _stage("measure", stages):
         measurements = measure_activations(graph, source)
     with _stage("compare", stages):
-        entry = evaluate(graph.logits, source, reference=reference.logits)
+        known = reference.logits if expected is None else Replay(expected)
+        entry = evaluate(graph.logits, source, reference=known)
     weights: dict[str, float] = {}
     for record in records:
         weights.update(record.report.details.get("weight_sqnr_db", {}))
@@ -191,15 +247,17 @@ def quantize(
     float_bytes = sum(t.numel() * t.element_size() for t in reference.tensors().values())
     report = CompressionReport(
         model=graph.provenance.model,
-        recipe=chosen.label,
-        scheme=str(chosen.scheme),
+        recipe=recipe.label,
+        scheme=str(recipe.scheme),
         protocol=ProtocolEntry(
             source=_describe(source),
             sample_ids=tuple(getattr(source, "sample_ids", ())),
-            source_digest=source_digest,
+            source_digest=source.digest(),
             preprocessing=None if preprocessing is None else preprocessing.to_dict(),
-            seed=chosen.seed,
+            seed=recipe.seed,
             versions=graph.provenance.versions,
+            model_digest=model_digest,
+            resolved_recipe=recipe.to_yaml(),
         ),
         passes=tuple(pass_entry(record) for record in records),
         stages=tuple(stages),
@@ -207,7 +265,7 @@ def quantize(
         size=size_of(graph, float_bytes),
         evaluations=(entry.model_copy(update={"data": f"calibration: {entry.data}"}),),
     )
-    return CompressedModel(graph, chosen, report, preprocessing)
+    return CompressedModel(graph, recipe, report, preprocessing)
 
 
 def load(path: str | Path) -> CompressedModel:
@@ -237,10 +295,15 @@ def load(path: str | Path) -> CompressedModel:
 
 
 def export_onnx(
-    model: CompressedModel, path: str | Path, *, target: str = "ort-cpu"
+    model: CompressedModel,
+    path: str | Path,
+    *,
+    target: str = "ort-cpu",
+    leftovers: str = "float32",
+    ir: bool = False,
 ) -> ExportResult:
     """Write and verify an ONNX file; see :meth:`CompressedModel.export_onnx`."""
-    return model.export_onnx(path, target=target)
+    return model.export_onnx(path, target=target, leftovers=leftovers, ir=ir)
 
 
 def capture_model(model: nn.Module | LoadedModel) -> CapturedGraph:
@@ -286,9 +349,10 @@ def resolve_recipe(
     return load_recipe(recipe, scheme=chosen, overrides=overrides)
 
 
-def _captured(
+def captured(
     model: nn.Module | LoadedModel | CapturedGraph, images: Tensor, model_id: str
 ) -> CapturedGraph:
+    """Return the graph of a model; ``images`` gives the shape of its input."""
     if isinstance(model, CapturedGraph):
         return model
     if isinstance(model, LoadedModel):
@@ -296,7 +360,7 @@ def _captured(
     return capture(model, images, model_id=model_id)
 
 
-def _bound_source(
+def bound_source(
     model: nn.Module | LoadedModel | CapturedGraph,
     source: calib.Source | CalibrationSource | None,
 ) -> Any:

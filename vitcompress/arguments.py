@@ -1,6 +1,8 @@
 """From arguments of the command line to the objects that the API takes."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import onnx
@@ -18,7 +20,9 @@ from vitcompress.terminal import out
 
 __all__ = [
     "calibration_source",
+    "calibration_spec",
     "chosen_scheme",
+    "command_line",
     "default_output",
     "load_float",
     "overridden",
@@ -42,6 +46,11 @@ def chosen_scheme(
     if scheme is not None or bits is not None:
         raise ConfigError("give one of --bits, --scheme, or --w-bits with --a-bits")
     return f"W{8 if w_bits is None else w_bits}A{8 if a_bits is None else a_bits}"
+
+
+def command_line() -> str:
+    """Return the command that the user gave, to be recorded with what it makes."""
+    return shlex.join(["vitcompress", *sys.argv[1:]])
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
@@ -141,6 +150,16 @@ def overridden(
         raise ConfigError(str(error)) from error
 
 
+def calibration_spec(spec: str | None) -> str:
+    """Return what ``--calib`` names; rendered images, with a line that says so, by default."""
+    if spec is None:
+        out.print(
+            "[yellow]no --calib: calibrating on rendered images (synthetic); real ones serve "
+            "better[/yellow]"
+        )
+    return spec or "synthetic"
+
+
 def calibration_source(
     spec: str | None,
     samples: int,
@@ -149,13 +168,8 @@ def calibration_source(
     preprocessing: calib.Preprocessing,
 ) -> calib.Source:
     """Return the calibration images; rendered ones, with a line that says so, by default."""
-    if spec is None:
-        out.print(
-            "[yellow]no --calib: calibrating on rendered images (synthetic); real ones serve "
-            "better[/yellow]"
-        )
     return calib.open_source(
-        spec or "synthetic",
+        calibration_spec(spec),
         samples=samples,
         seed=seed,
         batch_size=batch_size,

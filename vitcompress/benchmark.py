@@ -21,25 +21,15 @@ from vitcompress.artifact import is_artifact
 from vitcompress.errors import ConfigError, InputError
 from vitcompress.export.onnx import timing
 from vitcompress.export.onnx.contents import OnnxContents, read_contents
+from vitcompress.export.onnx.coverage import float_products, integer_ops
 from vitcompress.export.onnx.float_model import export_float_onnx, quantize_dynamically
 from vitcompress.export.onnx.stopwatch import Timing, time_files
-from vitcompress.export.onnx.verify import integer_ops
 from vitcompress.speed import BenchmarkEntry, BenchmarkReport, figures
 
 __all__ = ["DEFAULT_ROUNDS", "RUNTIMES", "available_processors", "benchmark", "processor_name"]
 
 RUNTIMES = tuple(timing.RUNTIMES)
 DEFAULT_ROUNDS = 20
-#: Operators of an optimised graph that multiply floats; fused attention has two products.
-FLOAT_PRODUCTS = (
-    *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "TransposeMatMul", "Einsum"),
-    *("Conv", "FusedConv", "MatMulNBits", "MatMulBnb4"),
-    *("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention"),
-)
-#: Products in OpenVINO, where the kernel tells integers from floats. Attention that it
-#: fuses into a subgraph with other operators is not seen.
-OPENVINO_PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
-OPENVINO_INTEGERS = ("i8", "u8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +253,8 @@ def _entries(
     samples = timed.samples()
     entries = []
     for one in candidates:
-        integer, float_products = _products(timed.ops[one.name])
+        ops = timed.ops[one.name]
+        integer = integer_ops(ops)
         entries.append(
             BenchmarkEntry(
                 name=one.name,
@@ -277,24 +268,11 @@ def _entries(
                 batch=batch,
                 integer_ops=integer,
                 integer_products=sum(integer.values()),
-                float_products=float_products,
+                float_products=float_products(ops),
                 **figures(one.name, samples, batch, references),
             )
         )
     return entries
-
-
-def _products(ops: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Return the integer products among operators, by type, and how many compute in floats."""
-    integer, floats = integer_ops(ops), sum(ops.get(op, 0) for op in FLOAT_PRODUCTS)
-    for op, count in ops.items():
-        kind, _, precision = op.partition(" ")  # OpenVINO's operators name their kernel
-        if precision and kind in OPENVINO_PRODUCTS:
-            if precision in OPENVINO_INTEGERS:
-                integer[op] = count
-            else:
-                floats += count
-    return integer, floats
 
 
 def available_processors() -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "ExportError",
     "InputError",
     "PassError",
+    "StoppedError",
     "UnsupportedModelError",
     "VitcompressError",
 ]
@@ -55,6 +56,12 @@ class ArtifactError(VitcompressError):
     """A saved model is incomplete, damaged or of an unknown version."""
 
     exit_code = 5
+
+
+class StoppedError(VitcompressError):
+    """The user stopped the work; the message says what is kept."""
+
+    exit_code = 130
 
 
 class PassError(VitcompressError):

@@ -17,7 +17,7 @@ from vitcompress.graph import OutputDict
 from vitcompress.numerics.metrics import kl_divergence, sqnr_db
 from vitcompress.report import EvaluationEntry
 
-__all__ = ["Predictor", "evaluate", "logits_of", "onnx_predictor"]
+__all__ = ["Predictor", "Recorder", "Replay", "evaluate", "logits_of", "onnx_predictor"]
 
 #: Maps preprocessed images ``[B, C, H, W]`` to logits ``[B, O]``, bare or among named outputs.
 Predictor = Callable[[Tensor], Any]
@@ -113,6 +113,44 @@ def onnx_predictor(path: Path) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(session.run([output], {feed: images.numpy()})[0])
 
     return predict
+
+
+class Replay:
+    """Gives known logits again, batch by batch, instead of computing them.
+
+    Args:
+        logits: Of all images in the order of the source, ``[N, O]``.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._position = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of the next ``len(images)`` images."""
+        start, self._position = self._position, self._position + len(images)
+        return self._logits[start : self._position]
+
+
+class Recorder:
+    """Computes logits, and keeps them.
+
+    Args:
+        model: What computes.
+    """
+
+    def __init__(self, model: Predictor) -> None:
+        self._predict = logits_of(model)
+        self._kept: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of ``images``, ``[B, O]``."""
+        self._kept.append(self._predict(images))
+        return self._kept[-1]
+
+    def logits(self) -> Tensor:
+        """Return the logits of everything seen so far, ``[N, O]``."""
+        return torch.cat(self._kept)
 
 
 @dataclass

@@ -35,7 +35,12 @@ class _Entry(BaseModel):
 
 
 class ProtocolEntry(_Entry):
-    """Under which conditions the figures hold."""
+    """Under which conditions the figures hold.
+
+    ``model_digest`` is that of ``models.identity``, ``resolved_recipe`` YAML with every
+    default written out, ``command`` the command line, if one was used. Reports of earlier
+    versions lack the three.
+    """
 
     source: str
     sample_ids: tuple[str, ...]
@@ -43,6 +48,9 @@ class ProtocolEntry(_Entry):
     preprocessing: dict[str, Any] | None
     seed: int
     versions: dict[str, str]
+    model_digest: str | None = None
+    resolved_recipe: str | None = None
+    command: str | None = None
 
 
 class PassEntry(_Entry):
@@ -124,12 +132,25 @@ class EvaluationEntry(_Entry):
 
 
 class ExportEntry(_Entry):
-    """One exported file and what onnxruntime made of it."""
+    """One exported file and what a runtime made of it.
+
+    ``execution`` is ``executed`` where the target's own runtime ran every linear as integers;
+    ``not_executed`` says why that runtime did not run it, in which case ``runtime`` is the
+    one that was asked instead. Of the bytes, ``packed_bytes`` are codes of weights,
+    ``parameter_bytes`` their scales and the like, ``leftover_bytes`` floats and biases.
+    """
 
     target: str
     opset: int
     size_bytes: int
+    packed_bytes: int = 0
+    parameter_bytes: int = 0
+    leftover_bytes: int = 0
+    largest_leftovers: dict[str, int] = {}
+    leftovers: Literal["float32", "float16", "int8"] = "float32"
+    leftover_cosine: float = 1.0
     execution: Literal["simulated", "executed"]
+    not_executed: str = ""
     runtime: str
     integer_linears: int
     linears: int
@@ -143,19 +164,30 @@ class ExportEntry(_Entry):
     max_difference: float
     fused_attention: int = 0
     unfused_attention: dict[str, str] = {}
+    rewrites: dict[str, int] = {}
+    batch: int | None = None
 
     @classmethod
     def of(cls, result: ExportResult) -> "ExportEntry":
-        """Return the entry of an export; ``executed`` means every linear ran as integers."""
+        """Return the entry of an export."""
         found = result.verification
         complete = found.linears > 0 and found.integer_linears == found.linears
         return cls(
             target=result.target,
             opset=result.opset,
             size_bytes=result.size_bytes,
-            execution="executed" if complete else "simulated",
+            packed_bytes=result.size.packed_bytes,
+            parameter_bytes=result.size.parameter_bytes,
+            leftover_bytes=result.size.leftover_bytes,
+            largest_leftovers=dict(result.size.largest_leftovers),
+            leftovers=result.leftovers,
+            leftover_cosine=result.leftover_cosine,
+            execution="executed" if complete and not result.not_executed else "simulated",
+            not_executed=result.not_executed,
             fused_attention=result.fused_attention,
             unfused_attention=dict(result.unfused_attention),
+            rewrites=dict(result.rewrites),
+            batch=result.batch,
             **{name: getattr(found, name) for name in found.__dataclass_fields__},
         )
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor
 
+from vitcompress.calibration import CalibrationSource
 from vitcompress.errors import InputError
+from vitcompress.numerics.metrics import kl_divergence
 from vitcompress.report import CompressionReport
 
 __all__ = ["ImageSet", "Origin", "Outcomes", "Result", "read_result"]
@@ -36,13 +39,27 @@ class ImageSet(_Entry):
     ids: tuple[str, ...]
     digest: str
 
+    @classmethod
+    def of(cls, source: CalibrationSource) -> "ImageSet":
+        """Return name, ids and digest of the images of a source."""
+        describe = getattr(source, "describe", None)
+        return cls(
+            source=str(describe()) if callable(describe) else type(source).__name__,
+            ids=tuple(getattr(source, "sample_ids", ())),
+            digest=source.digest(),
+        )
+
 
 class Origin(_Entry):
-    """Everything that decides a result; equal origins give equal results.
+    """Everything that decides a result, but for the rounding of float operations.
+
+    Rounding differs between processors and batch sizes; on one machine, equal origins give
+    equal results.
 
     Attributes:
         model: What it is called.
-        model_digest: SHA-256 over structure and tensors of the float model as captured.
+        model_digest: SHA-256 over tensors and structure of the float model, found without
+            capturing it; ``models.identity`` says what it covers.
         recipe: Name of the recipe.
         scheme: E.g. ``W4A8``.
         resolved_recipe: The recipe as YAML, every default written out.
@@ -84,6 +101,27 @@ class Outcomes(_Entry):
     in_top5: tuple[bool | None, ...]
     reference_predictions: tuple[int, ...]
     kl: tuple[float, ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, reference: Tensor, labels: Tensor | None) -> "Outcomes":
+        """Return what two models made of the same images.
+
+        Args:
+            logits: Of the compressed model, ``[N, O]``.
+            reference: Of the float model, ``[N, O]``.
+            labels: ``[N]`` int64, or ``None`` where they are not known.
+        """
+        in_top5: list[bool | None] = [None] * len(logits)
+        if labels is not None:
+            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            in_top5 = (ranked == labels[:, None]).any(dim=-1).tolist()
+        return cls(
+            labels=tuple([None] * len(logits) if labels is None else labels.tolist()),
+            predictions=tuple(logits.argmax(dim=-1).tolist()),
+            in_top5=tuple(in_top5),
+            reference_predictions=tuple(reference.argmax(dim=-1).tolist()),
+            kl=tuple(kl_divergence(reference, logits).tolist()),
+        )
 
     @model_validator(mode="after")
     def _of_one_length(self) -> "Outcomes":

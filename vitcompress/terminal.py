@@ -169,19 +169,37 @@ def print_evaluation(console: Console, entry: EvaluationEntry) -> None:
 
 
 def print_export(console: Console, entry: ExportEntry) -> None:
-    """Print what onnxruntime made of an exported file."""
+    """Print what a runtime made of an exported file."""
+    ran = f"{entry.execution} in" if not entry.not_executed else "checked in"
     console.print(
         f"{entry.target}: {entry.size_bytes / 1e6:.2f} MB, opset {entry.opset}, "
-        f"{entry.execution} in {entry.runtime}; integer linears "
+        f"{'any batch' if entry.batch is None else f'batch {entry.batch}'}, "
+        f"{ran} {entry.runtime}; integer linears "
         f"[bold]{entry.integer_linears} of {entry.linears}[/bold]; agrees on "
         f"{entry.top1_agreement_percent:.1f} % of {entry.images} images, "
         f"cosine {entry.cosine:.4f}"
     )
+    if entry.not_executed:
+        console.print(f"[yellow]not executed here:[/yellow] {escape(entry.not_executed)}")
+    largest = list(entry.largest_leftovers.items())[:3]
+    console.print(
+        f"packed weights {entry.packed_bytes:,} B, their parameters "
+        f"{entry.parameter_bytes:,} B, float leftovers {entry.leftover_bytes:,} B, most in "
+        + ", ".join(f"{escape(name)} ({count:,} B)" for name, count in largest)
+    )
+    if entry.leftovers != "float32":
+        console.print(
+            f"leftover tables in {entry.leftovers}: outputs agree with float32 tables to "
+            f"cosine {entry.leftover_cosine:.4f}"
+        )
     for name, reason in list(entry.float_linears.items())[:10]:
         console.print(f"  [yellow]float:[/yellow] {escape(name)}: {escape(reason)}")
     if entry.fused_attention or entry.unfused_attention:
         cores = entry.fused_attention + len(entry.unfused_attention)
         console.print(f"attention: {entry.fused_attention} of {cores} cores fused")
+    done = ", ".join(f"{name} {count}" for name, count in entry.rewrites.items() if count)
+    if done:
+        console.print(f"rewritten: {done}")
     for name, reason in list(entry.unfused_attention.items())[:10]:
         console.print(f"  not fused: {escape(name)}: {escape(reason)}")
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 import yaml
 from finished import TINY
+from onnx_files import SEPARATE
 from safetensors.torch import load_file
 from tiny import images
 
 import vitcompress as library
 from vitcompress import api
+from vitcompress.evaluate import onnx_predictor
 
 
 def test_checkpoint_is_quantized_on_a_folder_and_evaluated(
@@ -29,6 +31,9 @@ def test_checkpoint_is_quantized_on_a_folder_and_evaluated(
     assert model.preprocessing.size == (160, 160)
     assert model(images(1, 160)).shape == (1, 7)
     assert len(model.report.protocol.sample_ids) == 4
+    assert model.report.protocol.command.startswith(
+        f"vitcompress quantize {checkpoint} --arch"
+    )
     calibration, evaluation = model.report.evaluations
     assert (calibration.labelled, evaluation.labelled) == (False, True)
     assert (evaluation.images, evaluation.execution) == (6, "simulated")
@@ -240,14 +245,37 @@ def test_export_prints_what_the_runtime_did(export):
     assert export.code == 0
     assert (entry["execution"], entry["integer_linears"], entry["linears"]) == (
         "executed",
-        9,
-        9,
+        len(SEPARATE),
+        len(SEPARATE),
     )
+    # In the last block q, proj, fc1 and fc2 are of the class token alone.
+    assert entry["rewrites"] == {
+        "linear_patches": 1,
+        "simplify_moves": 3,
+        "separate_projections": 2,
+        "keep_needed_rows": 4,
+    }
     assert entry["images"] == 8
     assert export.path.stat().st_size == entry["size_bytes"]
     printed = " ".join(export.out.split())
-    for words in ("executed in onnxruntime", "integer linears 9 of 9", f"wrote {export.path}"):
+    for words in (
+        "executed in onnxruntime",
+        "integer linears 14 of 14",
+        "attention: 2 of 2 cores fused",
+        "rewritten: linear_patches 1, separate_projections 2, keep_needed_rows 4",
+        f"wrote {export.path}",
+    ):
         assert words in printed
+
+
+def test_export_of_one_batch_takes_that_alone(vitcompress, artefact, tmp_path):
+    found = vitcompress("export", artefact, "-o", tmp_path / "m.onnx", "--batch", 2)
+
+    assert found.code == 0
+    predict = onnx_predictor(tmp_path / "m.onnx")
+    assert predict(images(2)).shape == (2, 10)
+    with pytest.raises(library.InputError, match="expected images of"):
+        predict(images(3))
 
 
 # recipes

@@ -272,6 +272,13 @@ def test_folder_that_may_not_be_written_is_refused(refused, monkeypatch):
     assert "is not a writable directory" in refused(2, "quantize", *TINY, "-o", "a/b")
 
 
+@pytest.mark.parametrize("batch", ["0", "-2", "two"])
+def test_export_of_no_batch_is_a_usage_error(refused, artefact, batch):
+    message = refused(2, "export", artefact, "-o", "m.onnx", "--batch", batch)
+
+    assert "Invalid value for '--batch'" in message
+
+
 def test_export_destinations_are_refused(refused, artefact, onnx_file, tmp_path):
     def export(destination):
         return refused(2, "export", artefact, "-o", destination)

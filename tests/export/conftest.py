@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from finished import quantized
+from onnx_files import written_graph
 from tiny import images
 
 from vitcompress.export.onnx import exporter
+from vitcompress.export.rewrites import rewritten
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +22,7 @@ def models(vit_graph, source):
 
 @pytest.fixture(scope="session")
 def export(models, tmp_path_factory):
-    """Return a file, with its model and result, of a recipe, a scheme and a target."""
+    """Return a file of a recipe, a scheme and a target: path, model, written graph, result."""
     traced = cache(lambda graph, **options: exporter_marked_model(graph, **options))
     exporter_marked_model = exporter.marked_model
 
@@ -36,6 +38,32 @@ def export(models, tmp_path_factory):
                 lambda graph, **options: traced(graph, **options).clone(),
             )
             result = model.export_onnx(path, target=target, images=images(64, seed=7))
-        return SimpleNamespace(model=model, path=path, result=result)
+        graph = written_graph(model, target)
+        return SimpleNamespace(model=model, graph=graph, path=path, result=result)
 
     return export
+
+
+@pytest.fixture
+def model(models):
+    return models("deploy", "W8A8")
+
+
+@pytest.fixture(scope="session")
+def trace(models):
+    graph, marked_model = models("deploy", "W8A8").graph, exporter.marked_model
+
+    @cache
+    def trace(**options):
+        rewrites = options["fuse_attention"]  # both are of the target for onnxruntime
+        return marked_model(rewritten(graph).graph if rewrites else graph, **options)
+
+    return trace
+
+
+@pytest.fixture
+def traced(trace, monkeypatch):
+    """Spare tests that look at what comes after tracing a trace of their own."""
+    monkeypatch.setattr(
+        exporter, "marked_model", lambda _, **options: trace(**options).clone()
+    )

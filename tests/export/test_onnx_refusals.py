@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from finished import quantized
 from onnx import TensorProto, helper, numpy_helper
 from tiny import images
@@ -19,23 +20,8 @@ from vitcompress import Recipe
 from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
+from vitcompress.export.onnx.activations import StoredCodes
 from vitcompress.export.onnx.verify import verify as verify_file
-
-
-@pytest.fixture
-def model(models):
-    return models("deploy", "W8A8")
-
-
-@pytest.fixture(scope="module")
-def trace(models):
-    return exporter.marked_model(models("deploy", "W8A8").graph, opset=21)
-
-
-@pytest.fixture
-def traced(trace, monkeypatch):
-    """Spare tests that look at what comes after tracing a trace of their own."""
-    monkeypatch.setattr(exporter, "marked_model", lambda *_, **__: trace.clone())
 
 
 def refusal(model, path, **settings):
@@ -60,10 +46,10 @@ def test_published_repq_vit_is_refused_before_tracing(models, tmp_path, monkeypa
 
 
 def test_unknown_target_is_refused_with_the_known_ones(model, tmp_path):
-    with pytest.raises(ConfigError, match=r"expected one of \['generic', 'ort-cpu'\]"):
+    with pytest.raises(ConfigError, match=r"expected one of \['generic', 'openvino', "):
         model.export_onnx(tmp_path / "m.onnx", target="npu")
 
-    assert set(TARGETS) == {"generic", "ort-cpu"}
+    assert set(TARGETS) == {"generic", "openvino", "ort-cpu", "tensorrt"}
 
 
 @pytest.mark.parametrize(
@@ -107,10 +93,8 @@ def corrupt(monkeypatch, edit):
 
 def scale_of(graph, name, factor):
     (node,) = [n for n in graph.node if n.name == name]
-    made = {out: n for n in graph.node for out in n.output}
-    dequantize = made[node.input[1]]
     for tensor in graph.initializer:
-        if tensor.name == dequantize.input[1]:
+        if tensor.name == node.input[3]:  # of the weight
             values = (factor * numpy_helper.to_array(tensor)).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
@@ -148,21 +132,31 @@ def test_invalid_file_is_refused(model, traced, tmp_path, monkeypatch):
 def test_linear_that_falls_out_of_the_integer_kernels_is_counted(
     model, traced, tmp_path, monkeypatch
 ):
-    def float_bias(graph):
+    def in_float(graph):
         (node,) = [n for n in graph.node if n.name == "blocks.0.fc1"]
-        (dequantize,) = [n for n in graph.node if node.input[2] in n.output]
         stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        codes, scale = (stored[name] for name in dequantize.input)
-        values = (codes * scale).astype(np.float32)
-        graph.initializer.append(numpy_helper.from_array(values, "plain"))
-        node.input[2] = "plain"
+        codes, weight, x_scale, scale, x_point, point, bias = node.input
+        values = (stored[weight].astype(np.float32) - stored[point]) * stored[scale]
+        for name, value in (("plain", values), ("zero", np.float32(stored[x_point]))):
+            graph.initializer.append(numpy_helper.from_array(value, name))
+        chain = [
+            helper.make_node("Cast", [codes], ["fc1_cast"], to=TensorProto.FLOAT),
+            helper.make_node("Sub", ["fc1_cast", "zero"], ["fc1_moved"]),
+            helper.make_node("Mul", ["fc1_moved", x_scale], ["fc1_input"]),
+            helper.make_node("MatMul", ["fc1_input", "plain"], ["fc1_bare"], name=node.name),
+            helper.make_node("Add", ["fc1_bare", bias], list(node.output)),
+        ]
+        place = list(graph.node).index(node)
+        graph.node.remove(node)
+        for offset, part in enumerate(chain):
+            graph.node.insert(place + offset, part)
 
-    corrupt(monkeypatch, float_bias)
+    corrupt(monkeypatch, in_float)
 
     result = model.export_onnx(tmp_path / "m.onnx")
 
     found = result.verification
-    assert (found.integer_linears, found.linears) == (8, 9)
+    assert found.linears - found.integer_linears == 1
     assert list(found.float_linears) == ["blocks.0.fc1"]
     assert model.report.exports[-1].execution == "simulated"
 
@@ -225,6 +219,16 @@ def test_the_same_codes_agree(stepped):
 
     assert mismatch == 0.0
     assert likeness == pytest.approx(1.0)
+
+
+def test_codes_of_a_file_are_led_back_to_the_quantizers():
+    own = torch.arange(-128, 128, dtype=torch.int32).reshape(2, 8, 16)
+    stored = (own - 5).permute(2, 0, 1).clamp(-128, 127).to(torch.int8)
+
+    found = StoredCodes("codes", offset=5, order=(1, 2, 0)).of(stored)
+
+    assert found.dtype == torch.int32
+    assert torch.equal(found, own.clamp(-123, 132))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

@@ -1,6 +1,6 @@
 """The saved form of a compressed model: one directory, no pickle, packed integer weights."""
 
-from vitcompress.artifact.files import write_directory, write_file
+from vitcompress.artifact.files import write_directory, write_file, write_files
 from vitcompress.artifact.store import StoredModel, is_artifact, read_artifact, write_artifact
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
     "write_artifact",
     "write_directory",
     "write_file",
+    "write_files",
 ]

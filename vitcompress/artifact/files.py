@@ -3,13 +3,19 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from vitcompress.errors import ConfigError
 
-__all__ = ["check_file_writable", "check_writable", "write_directory", "write_file"]
+__all__ = [
+    "check_file_writable",
+    "check_writable",
+    "write_directory",
+    "write_file",
+    "write_files",
+]
 
 
 def write_file(path: Path, write: Callable[[Path], None], *, overwrite: bool = True) -> None:
@@ -18,18 +24,38 @@ def write_file(path: Path, write: Callable[[Path], None], *, overwrite: bool = T
     Raises:
         ConfigError: The file exists and may not be replaced, or cannot be written.
     """
-    with _reported(path):
-        if path.is_dir():
-            raise ConfigError(f"{path}: is a directory; name a file in it")
-        if path.exists() and not overwrite:
-            raise ConfigError(
-                f"{path}: exists already; choose another name or pass --overwrite"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            draft = Path(folder) / path.name
-            write(draft)
-            draft.replace(path)
+    write_files([path], write, overwrite=overwrite)
+
+
+def write_files(
+    paths: Sequence[Path], write: Callable[..., None], *, overwrite: bool = True
+) -> None:
+    """Let ``write`` fill a temporary file for each path, then move all of them there.
+
+    Args:
+        paths: Destinations in one folder.
+        write: Takes as many temporary paths.
+        overwrite: Replace existing files.
+
+    Raises:
+        ConfigError: A file exists and may not be replaced, or cannot be written.
+    """
+    for path in paths:
+        with _reported(path):
+            if path.is_dir():
+                raise ConfigError(f"{path}: is a directory; name a file in it")
+            if path.exists() and not overwrite:
+                raise ConfigError(
+                    f"{path}: exists already; choose another name or pass --overwrite"
+                )
+    first = paths[0]
+    with _reported(first):
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=first.parent, prefix=f".{first.name}-") as folder:
+            drafts = [Path(folder) / path.name for path in paths]
+            write(*drafts)
+            for draft, path in zip(drafts, paths, strict=True):
+                draft.replace(path)
 
 
 def write_directory(

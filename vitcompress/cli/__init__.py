@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 
 import calib
-from vitcompress.cli import compression, demo, deployment, recipes  # noqa: F401
+from vitcompress.cli import (  # noqa: F401
+    analysis,
+    compression,
+    demo,
+    deployment,
+    recipes,
+    regression,
+    sweeping,
+)
 from vitcompress.cli.application import app
 from vitcompress.errors import VitcompressError
 

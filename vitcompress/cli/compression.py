@@ -11,6 +11,7 @@ from vitcompress import api, terminal
 from vitcompress.arguments import (
     calibration_source,
     chosen_scheme,
+    command_line,
     default_output,
     load_float,
     overridden,
@@ -111,6 +112,8 @@ def quantize(
     say("scheme", f"{chosen.scheme}, recipe {chosen.name}: {chosen.description}")
     say("calibration", source.describe())
     compressed = api.quantize(loaded, recipe=chosen, source=source)
+    protocol = compressed.report.protocol.model_copy(update={"command": command_line()})
+    compressed.report = compressed.report.model_copy(update={"protocol": protocol})
     if source.skipped:
         names = ", ".join(f"{s.id} ({s.reason})" for s in source.skipped[:3])
         out.print(

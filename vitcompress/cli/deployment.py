@@ -28,6 +28,20 @@ def export(
     artefact: Annotated[Path, typer.Argument(help="Artefact directory")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write")],
     target: Annotated[str, typer.Option(help=" | ".join(TARGETS))] = "ort-cpu",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in one inference; any number by default")
+    ] = None,
+    leftovers: Annotated[
+        str,
+        typer.Option(
+            help="How float tables (position embeddings, class tokens) are stored: "
+            "float32 | float16 | int8"
+        ),
+    ] = "float32",
+    ir: Annotated[
+        bool,
+        typer.Option("--ir", help="Write OpenVINO's .xml and .bin as well (target openvino)"),
+    ] = False,
     calib_: Annotated[
         str | None,
         typer.Option("--calib", help="Images to verify on; rendered ones by default"),
@@ -35,7 +49,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
     json_: Json = None,
 ) -> None:
-    """Write an ONNX file for a runtime, and verify that it runs as integers and agrees."""
+    """Write an ONNX file for a runtime, and verify that it runs as integers and agrees.
+
+    ort-cpu is for onnxruntime on CPUs; openvino for OpenVINO on CPUs, which verifies it where
+    it is installed; tensorrt and generic are checked in structure and in onnxruntime alone.
+    """
     compressed = api.load(artefact)
     images = None
     if calib_ is not None:
@@ -46,10 +64,19 @@ def export(
             preprocessing=compressed.preprocessing,
         )
         images = next(iter(source)).images
-    compressed.export_onnx(output, target=target, images=images, overwrite=overwrite)
+    compressed.export_onnx(
+        output,
+        target=target,
+        batch=batch,
+        leftovers=leftovers,
+        ir=ir,
+        images=images,
+        overwrite=overwrite,
+    )
     entry = compressed.report.exports[-1]
     terminal.print_export(out, entry)
-    out.print(f"wrote {escape(str(output))}", soft_wrap=True)
+    for path in [output, *(output.with_suffix(e) for e in (".xml", ".bin") if ir)]:
+        out.print(f"wrote {escape(str(path))}", soft_wrap=True)
     write_json(json_, entry)
 
 

@@ -40,8 +40,12 @@ Batch = Annotated[int, typer.Option(min=1, help="Images in a batch")]
 
 def write_json(path: Path | None, entry: BaseModel) -> None:
     """Write figures as JSON, whole or not at all; nothing where the user named no file."""
+    write_text(path, entry.model_dump_json(indent=1) + "\n")
+
+
+def write_text(path: Path | None, text: str) -> None:
+    """Write text, whole or not at all; nothing where the user named no file."""
     if path is not None:
-        text = entry.model_dump_json(indent=1) + "\n"
         write_file(path, lambda draft: _write(draft, text))
 
 

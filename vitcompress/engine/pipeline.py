@@ -41,7 +41,10 @@ class PassRecord:
 
 
 def run_recipe(
-    recipe: Recipe, reference: CapturedGraph, source: CalibrationSource
+    recipe: Recipe,
+    reference: CapturedGraph,
+    source: CalibrationSource,
+    engine: LocalEngine | None = None,
 ) -> tuple[CapturedGraph, list[PassRecord]]:
     """Return the compressed graph and a record of each pass.
 
@@ -49,12 +52,13 @@ def run_recipe(
         recipe: Passes in order.
         reference: The float model; not changed.
         source: Calibration images.
+        engine: Runs data through graphs; one without memory by default.
 
     Raises:
         PassError: A pass failed, or did not do what it claims.
     """
     graph = reference.clone()
-    engine = LocalEngine()
+    engine = engine or LocalEngine()
     generator = torch.Generator().manual_seed(recipe.seed)
     records: list[PassRecord] = []
     for index, step in enumerate(recipe.passes):

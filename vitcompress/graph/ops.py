@@ -83,11 +83,14 @@ PAD: Collection[Target] = {aten.pad.default, aten.constant_pad_nd.default}
 PERMUTE: Collection[Target] = {permute}
 TRANSPOSE: Collection[Target] = {aten.transpose.int}
 VIEW: Collection[Target] = {aten.view.default, aten._unsafe_view.default}
+FLATTEN: Collection[Target] = {aten.flatten.using_ints}
+#: ``(x, axis, extents)``.
+UNFLATTEN: Collection[Target] = {aten.unflatten.int}
 RESHAPE: Collection[Target] = {
     reshape,
     *VIEW,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
+    *FLATTEN,
+    *UNFLATTEN,
     aten.squeeze.dim,
     aten.squeeze.dims,
     unsqueeze,

@@ -7,6 +7,7 @@ or sequentially, each quantizer set on the output of those before it (as RepQ-Vi
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -113,7 +114,7 @@ class Calibrate:
         if self._uses_histogram(quantizer):
             return Histogram
         axis, rows = _rows_of_an_image(site)
-        return lambda: Samples(self.config.sample_images * rows, axis=axis)
+        return partial(Samples, self.config.sample_images * rows, axis=axis)
 
     def _uses_histogram(self, quantizer: Quantizer) -> bool:
         return (

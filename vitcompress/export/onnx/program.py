@@ -66,8 +66,10 @@ class _AttentionMarker(nn.Module):
         self.fused = fused
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
-        attributes = {"num_heads": self.fused.heads, "scale": self.fused.scale}
-        shape = (*query.shape[:2], value.shape[2])
+        attributes: dict[str, int | float] = {"scale": self.fused.scale}
+        if query.dim() == 3:
+            attributes["num_heads"] = self.fused.heads
+        shape = (*query.shape[:-1], value.shape[-1])
         inputs = (query, key, value, *bias)
         return _marker("Attention", inputs, self.path, shape, attributes)
 

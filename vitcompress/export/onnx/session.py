@@ -35,16 +35,23 @@ def main(model: str, images_file: str, results_file: str, names_file: str) -> No
     names = [output.name for output in session.get_outputs()]
     output = "logits" if "logits" in names else names[0]
     feed = session.get_inputs()[0].name
-    everything = session.run([output], {feed: images})[0]
+    fixed = session.get_inputs()[0].shape[0]
+    whole = fixed if isinstance(fixed, int) else len(images)
+    images = images[np.arange(-(-len(images) // whole) * whole) % len(images)]
+    everything = [
+        session.run([output], {feed: images[start : start + whole]})[0]
+        for start in range(0, len(images), whole)
+    ]
     stepping = _with_outputs(model, kept)
+    batches = (fixed,) if isinstance(fixed, int) else STEP_BATCHES
     arrays = {
         f"batch_{batch}_{index}": value
-        for batch in STEP_BATCHES
+        for batch in batches
         for index, value in enumerate(stepping.run([output, *kept], {feed: images[:batch]}))
     }
-    np.savez(results_file, all=everything, **arrays)
+    np.savez(results_file, all=np.concatenate(everything), **arrays)
     facts = {
-        "batches": [min(batch, len(images)) for batch in STEP_BATCHES],
+        "batches": batches,
         "runtime": f"onnxruntime {onnxruntime.__version__} CPU",
         "nodes": listed,
         "ops": Counter(op for op, _ in listed),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitcompress.errors import ConfigError
+from vitcompress.export.rewrites import REWRITES
 
 __all__ = ["TARGETS", "Target", "find_target"]
 
@@ -14,22 +15,33 @@ class Target:
 
     Attributes:
         name: Name on the command line.
+        runtime: What is to run the file; empty for any runtime.
         opset: ONNX opset of the file, unless 2-bit storage needs a later one.
-        low_bit_weights: ``cast`` stores INT4 or INT2 and casts to INT8 before dequantizing,
-            which runtimes fold when they load and then run as INT8; ``direct`` dequantizes the
-            stored type itself.
-        linear: ``gemm`` writes a linear as ``Gemm`` with an int32 bias, the one spelling that
-            onnxruntime's CPU kernels fuse; ``matmul`` as ``MatMul`` and ``Add``.
-        attention: ``fused`` writes attention without quantizers as onnxruntime's
-            ``MultiHeadAttention``; ``products`` as two products and a softmax.
+        storage: Containers of weights of 2 to 4 bits. ``cast`` stores INT4 and casts to INT8
+            before use, which runtimes fold when they load and then run as INT8; ``direct``
+            dequantizes INT4 itself; ``int8`` has no narrower container.
+        int2: Whether 2-bit weights are stored as INT2, cast like INT4.
+        signed: What must be INT8 with zero point 0: codes less their zero points.
+        linear: ``integer`` writes a linear as onnxruntime's ``MatMulIntegerToFloat``,
+            ``matmul`` as ``MatMul`` and ``Add`` of floats between quantizers.
+        attention: ``fused`` writes attention without quantizers as one ``Attention`` (opset
+            23); ``products`` as two products and a softmax.
+        rewrites: Names in ``export.rewrites.REWRITES``, applied to the graph first.
+        residual: ``sum`` writes the additions in front of norms as ``Sum``, which keeps
+            onnxruntime from a slow fusion.
         description: One line for people.
     """
 
     name: str
+    runtime: Literal["onnxruntime", "OpenVINO", "TensorRT", ""]
     opset: int = 21
-    low_bit_weights: Literal["cast", "direct"]
-    linear: Literal["gemm", "matmul"]
+    storage: Literal["cast", "direct", "int8"]
+    int2: bool = False
+    signed: Literal["nothing", "weights", "everything"] = "nothing"
+    linear: Literal["integer", "matmul"]
     attention: Literal["fused", "products"]
+    rewrites: tuple[str, ...] = ()
+    residual: Literal["add", "sum"] = "add"
     description: str
 
 
@@ -38,16 +50,43 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             name="ort-cpu",
-            low_bit_weights="cast",
-            linear="gemm",
+            opset=23,
+            runtime="onnxruntime",
+            storage="cast",
+            int2=True,
+            linear="integer",
             attention="fused",
+            rewrites=tuple(REWRITES),
+            residual="sum",
             description=(
-                "onnxruntime on CPUs: integer Gemm, int32 bias, INT4 storage cast to INT8"
+                "onnxruntime on CPUs: its integer product, fused attention, INT4 cast to INT8"
             ),
         ),
         Target(
+            name="openvino",
+            runtime="OpenVINO",
+            storage="cast",
+            signed="weights",
+            linear="matmul",
+            attention="products",
+            rewrites=("separate_projections", "keep_needed_rows"),
+            description=(
+                "OpenVINO on CPUs: weights without zero points, INT4 storage cast to INT8"
+            ),
+        ),
+        Target(
+            name="tensorrt",
+            runtime="TensorRT",
+            storage="int8",
+            signed="everything",
+            linear="matmul",
+            attention="products",
+            description="TensorRT: everything INT8 with zero point 0, no narrower type",
+        ),
+        Target(
             name="generic",
-            low_bit_weights="direct",
+            runtime="",
+            storage="direct",
             linear="matmul",
             attention="products",
             description="plain QDQ of standard operators, INT4 weights dequantized directly",

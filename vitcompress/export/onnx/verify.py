@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -27,22 +27,21 @@ from torch import Tensor
 
 from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ExportError
+from vitcompress.export.onnx.activations import StoredCodes
+from vitcompress.export.onnx.coverage import coverage, integer_ops
 from vitcompress.graph import CapturedGraph, OutputDict
 from vitcompress.numerics.metrics import cosine
-from vitcompress.quantizers import Affine, Quantizer
+from vitcompress.quantizers import Quantizer
 
-__all__ = ["Verification", "integer_ops", "verify"]
+__all__ = ["Runtime", "Verification", "verify"]
 
-#: Fused operators of onnxruntime that multiply integers.
-INTEGER_OPS = (
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulIntegerToFloat",
-    "MatMulInteger",
-    "DynamicQuantizeMatMul",
-    "QLinearConv",
-    "ConvInteger",
-)
+#: The runtimes that verify, and the program of each.
+Runtime = Literal["onnxruntime", "OpenVINO"]
+PROGRAMS: dict[Runtime, str] = {
+    "onnxruntime": "session.py",
+    "OpenVINO": "openvino_session.py",
+}
+
 TIMEOUT_SECONDS = 600
 #: How far from a boundary a value may lie to count as a tie, relative to the largest value.
 TIE_WIDTH = 1e-4
@@ -88,19 +87,24 @@ def verify(
     captured: CapturedGraph,
     images: Tensor,
     *,
-    codes: Mapping[str, str],
+    codes: Mapping[str, StoredCodes],
     linears: Sequence[str],
-    reasons: dict[str, str],
+    reasons: Mapping[str, str],
+    runtime: Runtime = "onnxruntime",
+    ir_path: Path | None = None,
 ) -> Verification:
-    """Return what onnxruntime makes of a file, compared with the graph.
+    """Return what a runtime makes of a file, compared with the graph.
 
     Args:
         path: ONNX file.
         captured: Graph it was exported from.
         images: ``[N, C, H, W]``; run in one batch, the first ones also in small batches.
-        codes: Name of the value with the codes of each activation quantizer, by target.
+        codes: Where the codes of each activation quantizer are, by target.
         linears: Names of the quantized linears in the file.
         reasons: Why some of them are known not to be integer products.
+        runtime: ``OpenVINO`` must be installed.
+        ir_path: Where OpenVINO writes the file in its own form (``.xml``, and ``.bin``
+            beside it) first, which then is what runs.
 
     Raises:
         ExportError: The file is not valid, does not run, or computes something else than the
@@ -112,17 +116,22 @@ def verify(
         raise ExportError(f"{path.name}: not valid ONNX: {error}") from error
     with torch.no_grad():
         expected = captured.logits(images)
-    facts, arrays = _run_apart(path, images, list(codes.values()))
-    actual = torch.from_numpy(arrays["all"])
+    names = [stored.name for stored in codes.values()]
+    facts, arrays = _run_apart(path, images, names, runtime, ir_path)
+    actual = torch.from_numpy(arrays["all"])[: len(images)]
     in_step = []
     for batch in facts["batches"]:
         logits, *stepped = (
             torch.from_numpy(arrays[f"batch_{batch}_{index}"])
             for index in range(len(codes) + 1)
         )
-        by_target = dict(zip(codes, stepped, strict=True))
-        in_step.append(_compare_in_step(path, captured, images[:batch], logits, by_target))
-    integer, fell_out = _coverage(facts["nodes"], linears, reasons)
+        by_target = {
+            target: stored.of(value)
+            for (target, stored), value in zip(codes.items(), stepped, strict=True)
+        }
+        compared = images[torch.arange(batch) % len(images)]  # a fixed batch may be larger
+        in_step.append(_compare_in_step(path, captured, compared, logits, by_target))
+    integer, fell_out = coverage(facts["nodes"], linears, reasons)
     return Verification(
         runtime=facts["runtime"],
         code_mismatch=max(mismatch for mismatch, _ in in_step),
@@ -137,31 +146,6 @@ def verify(
         float_linears=fell_out,
         integer_ops=integer_ops(facts["ops"]),
     )
-
-
-def integer_ops(ops: Mapping[str, int]) -> dict[str, int]:
-    """Return how often each integer product occurs among the operators of a graph, by type."""
-    return {op: ops[op] for op in INTEGER_OPS if ops.get(op)}
-
-
-def _coverage(
-    nodes: Sequence[Sequence[str]], linears: Sequence[str], reasons: dict[str, str]
-) -> tuple[int, dict[str, str]]:
-    """Count linears among the fused integer nodes, by the names they kept."""
-    integer = {name for op, name in nodes if op in INTEGER_OPS}
-    others = {name: op for op, name in nodes if op not in INTEGER_OPS}
-    fell_out = {}
-    for name in linears:
-        if not any(
-            found == name or found.startswith((f"{name}_", f"{name}/")) for found in integer
-        ):
-            seen = (
-                f"runs as {others[name]}"
-                if name in others
-                else "was fused into something else"
-            )
-            fell_out[name] = reasons.get(name, seen)
-    return len(linears) - len(fell_out), fell_out
 
 
 def _compare_in_step(
@@ -196,8 +180,7 @@ def _compare_in_step(
         if target in codes:
             quantizer = captured.module.get_submodule(target)
             assert isinstance(quantizer, Quantizer)
-            found = codes[target].int() + _least_code(quantizer)
-            replaced[node] = partial(checked, quantizer, found)
+            replaced[node] = partial(checked, quantizer, codes[target])
     outputs = captured.wrap(run(captured, images, replaced=replaced))
     expected = outputs if isinstance(outputs, Tensor) else _logits_of(outputs)
     likeness = cosine(expected, logits)
@@ -214,17 +197,12 @@ def _compare_in_step(
     return differing / max(total, 1), likeness
 
 
-def _least_code(quantizer: Quantizer) -> int:
-    """Return the code that the file stores as 0."""
-    return quantizer.bounds[0] if isinstance(quantizer, Affine) else 0
-
-
 def _logits_of(outputs: OutputDict) -> Tensor:
     return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
 def _run_apart(
-    path: Path, images: Tensor, names: Sequence[str]
+    path: Path, images: Tensor, names: Sequence[str], runtime: Runtime, ir_path: Path | None
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     with tempfile.TemporaryDirectory(prefix="vitcompress-verify-") as folder:
         inputs, results = Path(folder) / "images.npy", Path(folder) / "results.npz"
@@ -232,10 +210,11 @@ def _run_apart(
         np.save(inputs, images.numpy())
         kept.write_text(json.dumps(list(names)), encoding="utf-8")
         # As a file: as a module it would import this whole package, and torch, first.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("session.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name(PROGRAMS[runtime]))]
+        command += [str(path), str(inputs), str(results), str(kept)]
         try:
             done = subprocess.run(
-                [*command, str(path), str(inputs), str(results), str(kept)],
+                command if ir_path is None else [*command, str(ir_path)],
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT_SECONDS,
@@ -243,11 +222,11 @@ def _run_apart(
             )
         except subprocess.TimeoutExpired as error:
             raise ExportError(
-                f"{path.name}: onnxruntime did not finish in {TIMEOUT_SECONDS} s"
+                f"{path.name}: {runtime} did not finish in {TIMEOUT_SECONDS} s"
             ) from error
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ExportError(f"{path.name}: onnxruntime cannot run it: {lines[-1]}")
+            raise ExportError(f"{path.name}: {runtime} cannot run it: {lines[-1]}")
         facts = json.loads(done.stdout.splitlines()[-1])
         with np.load(results, allow_pickle=False) as arrays:
             return facts, {name: arrays[name] for name in arrays.files}

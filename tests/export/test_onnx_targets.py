@@ -1,0 +1,172 @@
+"""Targets without contrib operators: what they store, what runs them, what is refused."""
+
+import importlib.util
+import re
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from finished import quantized
+from onnx import TensorProto
+from onnx_files import load_file
+from tiny import images
+
+from vitcompress.errors import ConfigError, ExportError
+from vitcompress.export.onnx.structure import violations
+from vitcompress.export.onnx.targets import TARGETS
+from vitcompress.report import ExportEntry
+
+openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None,
+    reason="OpenVINO is not installed; pip install 'vitcompress[openvino]'",
+)
+WITHOUT_OPENVINO = "OpenVINO is not installed; pip install 'vitcompress[openvino]'"
+
+
+@pytest.fixture(scope="module", params=["W8A8", "W4A8", "W3A8", "W2A8"])
+def symmetric(request, vit_graph, source):
+    return quantized(vit_graph, source, recipe="deploy_symmetric", scheme=request.param)
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt", "generic"])
+def test_files_hold_standard_operators_alone(symmetric, tmp_path, target):
+    symmetric.export_onnx(tmp_path / "m.onnx", target=target, images=images(4, seed=3))
+
+    model, _ = load_file(tmp_path / "m.onnx")
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert violations(ir.load(tmp_path / "m.onnx"), TARGETS[target]) == []
+
+
+def test_tensorrt_file_is_int8_throughout_and_said_to_be_unexecuted(symmetric, tmp_path):
+    result = symmetric.export_onnx(
+        tmp_path / "m.onnx", target="tensorrt", images=images(4, seed=3)
+    )
+
+    model, graph = load_file(tmp_path / "m.onnx")
+    kinds = {t.data_type for t in model.graph.initializer}
+    assert not kinds & {TensorProto.UINT8, TensorProto.INT4, TensorProto.INT2}
+    assert not graph.of_type("Cast")
+    for node in graph.of_type("QuantizeLinear"):
+        assert graph.constant(node.input[2]).dtype == np.int8
+        assert not graph.constant(node.input[2]).any()
+    for product in (*graph.of_type("MatMul"), *graph.of_type("Conv")):
+        made = [graph.behind_moves(name).op_type for name in product.input[:2]]
+        assert made.count("DequantizeLinear") in (0, 2), product.name
+    assert result.not_executed.startswith("TensorRT is not here")
+    entry = ExportEntry.of(result)
+    assert (entry.execution, entry.not_executed) == ("simulated", result.not_executed)
+    assert result.verification.cosine > 0.999
+
+
+def test_generic_file_is_said_to_be_unexecuted(symmetric, tmp_path):
+    result = symmetric.export_onnx(
+        tmp_path / "m.onnx", target="generic", images=images(4, seed=3)
+    )
+
+    assert "is not here; structure and values were checked" in result.not_executed
+    assert ExportEntry.of(result).execution == "simulated"
+
+
+def test_without_openvino_its_file_is_checked_in_onnxruntime(symmetric, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name)
+    )
+
+    result = symmetric.export_onnx(
+        tmp_path / "m.onnx", target="openvino", images=images(4, seed=3)
+    )
+
+    assert result.not_executed == WITHOUT_OPENVINO
+    assert result.verification.runtime.startswith("onnxruntime")
+    with pytest.raises(ConfigError, match="OpenVINO writes it and is not installed"):
+        symmetric.export_onnx(tmp_path / "n.onnx", target="openvino", ir=True)
+
+
+@openvino
+def test_openvino_runs_every_linear_as_integers(symmetric, tmp_path):
+    result = symmetric.export_onnx(
+        tmp_path / "m.onnx", target="openvino", ir=True, images=images(4, seed=3)
+    )
+
+    found = result.verification
+    assert found.runtime.startswith("OpenVINO")
+    assert (found.integer_linears, found.float_linears) == (found.linears, {})
+    assert result.not_executed == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.xml", "m.bin"}
+
+
+@pytest.mark.parametrize(
+    ("target", "site"),
+    [
+        ("openvino", r"blocks\.0\.attn\.qkv:weight: codes less their zero point"),
+        ("tensorrt", r"patch_embed:input: codes less their zero point"),
+    ],
+)
+def test_zero_points_that_int8_cannot_take_are_refused_with_the_cure(
+    export, models, tmp_path, target, site
+):
+    model = models("deploy", "W8A8")
+
+    with pytest.raises(ExportError, match=site) as refused:
+        model.export_onnx(tmp_path / "m.onnx", target=target)
+
+    assert str(refused.value).endswith("quantize again with --recipe deploy_symmetric")
+    assert not list(tmp_path.iterdir())
+
+
+def test_narrow_weights_keep_their_zero_points_in_an_exact_form(models, tmp_path):
+    """Codes of 4 bits less their zero point fit INT8: the difference is stored as a node."""
+    model = models("deploy", "W4A8")
+
+    result = model.export_onnx(
+        tmp_path / "m.onnx", target="openvino", images=images(16, seed=3)
+    )
+
+    _, graph = load_file(tmp_path / "m.onnx")
+    assert graph.of_type("Sub")
+    assert result.verification.in_step_cosine > 1.0 - 1e-9
+
+
+# Sizes and leftovers
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
+def test_a_file_is_its_packed_weights_and_the_leftovers(symmetric, tmp_path, target):
+    result = symmetric.export_onnx(
+        tmp_path / "m.onnx", target=target, images=images(4, seed=3)
+    )
+
+    bits = symmetric.recipe.scheme.weight_bits
+    codes = [t for n, t in symmetric.graph.tensors().items() if not t.is_floating_point()]
+    width = 8 if bits > 4 else 4 if bits > 2 or target == "openvino" else 2
+    assert result.size.packed_bytes == sum(t.numel() for t in codes) * width // 8
+    model = onnx.load(tmp_path / "m.onnx")
+    stored = sum(t.ByteSize() for t in model.graph.initializer)
+    parts = result.size.packed_bytes + result.size.parameter_bytes + result.size.leftover_bytes
+    assert parts <= stored
+    assert "pos_embed" in result.size.largest_leftovers
+
+
+@pytest.mark.parametrize(("storage", "bytes_each"), [("float16", 2), ("int8", 1)])
+def test_tables_are_stored_narrow_and_folded(models, tmp_path, storage, bytes_each):
+    model = models("deploy", "W8A8")
+    wide = model.export_onnx(tmp_path / "wide.onnx", images=images(16, seed=3))
+
+    result = model.export_onnx(
+        tmp_path / "m.onnx", leftovers=storage, images=images(16, seed=3)
+    )
+
+    name = f"pos_embed.{storage}"
+    numbers = model.graph.parameter("pos_embed").numel()
+    assert result.size.largest_leftovers[name] == numbers * bytes_each
+    assert result.size.leftover_bytes < wide.size.leftover_bytes
+    assert 0.99 < result.leftover_cosine < 1.0
+    assert wide.leftover_cosine == 1.0
+    assert result.verification.in_step_cosine > 1.0 - 1e-9
+
+
+def test_unknown_storage_of_leftovers_is_refused(models, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape("leftovers: expected one of")):
+        models("deploy", "W8A8").export_onnx(tmp_path / "m.onnx", leftovers="float8")

@@ -33,6 +33,17 @@ def attached(graph, *names, bits=3):
     return quantizers
 
 
+def recorder(graph, seen):
+    """Return a visitor that keeps the inputs of each quantizer."""
+    known = graph.quantizers()
+
+    def visit(node, values, floats):
+        if node.target in known:
+            seen.setdefault(node.target, values)
+
+    return visit
+
+
 @pytest.fixture(scope="module")
 def quantized(vit_graph, source):
     steps = [*ACTIVATIONS, {"pass": "calibrate", "method": "minmax"}]
@@ -85,7 +96,7 @@ def test_bypass_needs_no_parameters(graph):
 def test_walk_visits_each_quantizer_once_with_all_batches(quantized):
     batches, visited = images(8).split(3), {}
 
-    walk(quantized, batches, lambda node, values: visited.setdefault(node.target, values))
+    walk(quantized, batches, recorder(quantized, visited))
 
     assert list(visited) == list(quantized.quantizers())
     for target, values in visited.items():
@@ -101,7 +112,7 @@ def test_walk_shows_what_the_plain_forward_computes(quantized):
         if node.args[0].op != "get_attr"
     }
 
-    walk(quantized, batches, lambda node, values: walked.setdefault(node.target, values))
+    walk(quantized, batches, recorder(quantized, walked))
     for batch in batches:
         run(quantized, batch, taps=taps)
 
@@ -130,7 +141,7 @@ def test_a_walk_meets_a_quantizer_that_nobody_set(graph):
     with pytest.raises(
         ConfigError, match=r"blocks\.0\.fc1:input: quantizer has no parameters yet"
     ):
-        walk(graph, [images(2)], lambda node, values: None)
+        walk(graph, [images(2)], lambda node, values, floats: None)
 
 
 def test_a_later_quantizer_sees_the_error_of_an_earlier_one(graph, vit_graph):
@@ -138,7 +149,9 @@ def test_a_later_quantizer_sees_the_error_of_an_earlier_one(graph, vit_graph):
     by_target = {q.site: q for q in attached(graph, first, second, bits=2).values()}
     x, seen = images(4), {}
 
-    def visit(node, values):
+    def visit(node, values, floats):
+        if node.target not in graph.quantizers():
+            return
         quantizer = graph.quantizers()[node.target]
         seen[quantizer.site] = values[0]
         quantizer.set_range(values[0].min(), values[0].max())
@@ -167,7 +180,9 @@ def test_walk_frees_values_after_their_last_use(graph):
     attached(graph, "blocks.0.fc1:input", "head:input")
     alive = {}
 
-    def visit(node, values):
+    def visit(node, values, floats):
+        if node.target not in graph.quantizers():
+            return
         quantizer = graph.quantizers()[node.target]
         quantizer.set_range(values[0].min(), values[0].max())
         gc.collect()

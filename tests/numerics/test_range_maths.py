@@ -51,7 +51,7 @@ def test_best_candidate_chooses_for_each_group_and_keeps_the_earlier_of_a_tie():
     low = -high
     losses = {3.0: 0.5, 1.0: 1.0, 1.5: 0.5}
 
-    best_low, best_high = best_candidate(
+    best_low, best_high, _ = best_candidate(
         low, high, lambda _, h: torch.tensor([losses[v] for v in h.tolist()])
     )
 

@@ -9,7 +9,7 @@ from vitcompress.calibration.observers import (
     Samples,
     SecondMoment,
 )
-from vitcompress.calibration.ranges import RangeConfig, search_range
+from vitcompress.calibration.ranges import RangeConfig, fit_range, search_range
 from vitcompress.calibration.source import Batch, CalibrationSource, FirstImages
 from vitcompress.calibration.statistics import Request, Statistics
 
@@ -27,5 +27,6 @@ __all__ = [
     "Samples",
     "SecondMoment",
     "Statistics",
+    "fit_range",
     "search_range",
 ]

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vitcompress.graph import ops
 from vitcompress.graph.captured import CapturedGraph
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import node_argument
+from vitcompress.graph.ops import is_op
 
-__all__ = ["run", "walk"]
+__all__ = ["Visit", "run", "walk"]
 
 Tap = Callable[[Tensor], None]
 Replacement = Callable[[Tensor], Tensor]
+Visit = Callable[[fx.Node, list[Tensor], list[Tensor]], None]
 
 
 class _TappingInterpreter(fx.Interpreter):
@@ -72,66 +75,94 @@ def run(
 def walk(
     captured: CapturedGraph,
     batches: Iterable[Tensor],
-    visit: Callable[[fx.Node, list[Tensor]], None],
+    visit: Visit,
+    *,
     taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
+    beside: CapturedGraph | None = None,
 ) -> None:
     """Run all batches through the graph in step, node by node.
 
-    At each quantizer ``visit`` sees the values of *all* batches before they are quantized, and
-    may set the quantizer's parameters. So every quantizer is set on the output of those before
-    it: sequential calibration in one pass over the data. Memory holds the live values of all
-    batches at once, which grows with the number of images and not with depth.
+    Before each quantizer, linear and convolution ``visit`` sees the values of *all* batches
+    that are its first argument, and may set the quantizer's parameters or replace stored
+    tensors. So every node is dealt with on the output of those before it: sequential
+    calibration in one pass over the data. Memory holds the live values of all batches at once,
+    which grows with the number of images and not with depth.
 
     Args:
         captured: Graph to run.
         batches: Images of each batch, ``[B, C, H, W]``.
-        visit: Called with each quantizer node and its inputs; weights come as one tensor.
+        visit: Called with the node, its inputs (a weight comes as one tensor), and the inputs
+            of the same node of ``beside`` (none without it).
         taps: Called with the values of their node, one for each batch.
+        beside: A clone that is run along, quantizers off: what the values would be in float.
     """
     images = list(batches)
-    last_user = _last_users(captured.graph)
-    shared: dict[fx.Node, Any] = {}
-    values: dict[fx.Node, list[Any]] = {}
-    for node in captured.graph.nodes:
+    stream = _Stream(captured, images, bypass=False)
+    companion = None if beside is None else _Stream(beside, images, bypass=True)
+    partners = list(captured.graph.nodes if beside is None else beside.graph.nodes)
+    for node, partner in zip(list(captured.graph.nodes), partners, strict=True):
+        if is_quantizer(node) or is_op(node, ops.LINEAR, ops.CONV):
+            floats = [] if companion is None else companion.inputs(partner)
+            visit(node, stream.inputs(node), floats)
+        stream.step(node)
+        if taps is not None and node in taps:
+            taps[node](stream.values[node])
+        if companion is not None:
+            companion.step(partner)
+
+
+class _Stream:
+    """The values of all batches in one graph, as far as later nodes read them."""
+
+    def __init__(self, captured: CapturedGraph, images: list[Tensor], *, bypass: bool) -> None:
+        self.captured = captured
+        self.images = images
+        self.bypass = bypass
+        self.values: dict[fx.Node, list[Any]] = {}
+        # Nodes that depend on stored tensors alone are computed when they are read: whoever
+        # visits a node may have replaced what it reads.
+        self.constants: set[fx.Node] = set()
+        self.last_user = _last_users(captured.graph)
+
+    def inputs(self, node: fx.Node) -> list[Tensor]:
+        """Return the first argument of a node: one for each batch, or the one constant."""
+        source = node_argument(node, 0)
+        return [self._constant(source)] if source in self.constants else self.values[source]
+
+    def step(self, node: fx.Node) -> None:
+        """Compute a node for all batches, and drop what no later node reads."""
         if node.op == "placeholder":
-            values[node] = images
-        elif node.op == "get_attr":
-            shared[node] = captured.parameter(str(node.target))
-        elif node.op == "output":
-            continue
-        elif all(source in shared for source in node.all_input_nodes) and node.all_input_nodes:
-            if is_quantizer(node):
-                visit(node, [shared[node.args[0]]])
-            shared[node] = _call(captured, node, shared.__getitem__)
-        else:
-            if is_quantizer(node):
-                visit(node, values[node.args[0]])
-            values[node] = [
-                _call(captured, node, partial(_lookup, values, shared, index))
-                for index in range(len(images))
+            self.values[node] = self.images
+        elif node.op == "get_attr" or (
+            node.all_input_nodes and self.constants.issuperset(node.all_input_nodes)
+        ):
+            self.constants.add(node)
+        elif node.op != "output":
+            read = {n: self._constant(n) for n in node.all_input_nodes if n in self.constants}
+            self.values[node] = [
+                self._call(node, partial(self._lookup, read, index))
+                for index in range(len(self.images))
             ]
-            if taps is not None and node in taps:
-                taps[node](values[node])
-        for source in last_user.get(node, ()):
-            values.pop(source, None)
-            shared.pop(source, None)
+        for source in self.last_user.get(node, ()):
+            self.values.pop(source, None)
 
+    def _constant(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self.captured.parameter(str(node.target))
+        return self._call(node, self._constant)
 
-def _lookup(
-    values: Mapping[fx.Node, list[Any]],
-    shared: Mapping[fx.Node, Any],
-    index: int,
-    node: fx.Node,
-) -> Any:
-    return values[node][index] if node in values else shared[node]
+    def _lookup(self, read: Mapping[fx.Node, Any], index: int, node: fx.Node) -> Any:
+        return read[node] if node in read else self.values[node][index]
 
-
-def _call(captured: CapturedGraph, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    arguments = fx.map_arg(node.args, value_of)
-    keywords = fx.map_arg(node.kwargs, value_of)
-    if node.op == "call_module":
-        return captured.module.get_submodule(str(node.target))(*arguments, **keywords)
-    return node.target(*arguments, **keywords)  # type: ignore[operator]
+    def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        if self.bypass and is_quantizer(node):
+            return value_of(node_argument(node, 0))
+        arguments = fx.map_arg(node.args, value_of)
+        keywords = fx.map_arg(node.kwargs, value_of)
+        if node.op == "call_module":
+            module = self.captured.module.get_submodule(str(node.target))
+            return module(*arguments, **keywords)
+        return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -4,6 +4,7 @@ The percentile form with several candidates is the search of RepQ-ViT (arXiv:221
 code): try a few clips symmetric in probability and keep the one of least mean squared error.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ from vitcompress.errors import ConfigError, PassError
 from vitcompress.numerics.search import best_candidate, shrunk_ranges, tail_quantiles
 from vitcompress.quantizers import PerChannel, Quantizer
 
-__all__ = ["RangeConfig", "search_range"]
+__all__ = ["RangeConfig", "fit_range", "search_range"]
 
 Method = Literal["minmax", "percentile", "mse", "output_mse"]
 
@@ -77,6 +78,41 @@ def search_range(
         PassError: The values are not finite.
         ConfigError: ``output_mse`` without ``reader``.
     """
+    low, high, _ = _search(quantizer, values, config, counts, reader, scored=False)
+    return low, high
+
+
+def fit_range(
+    quantizer: Quantizer,
+    values: Tensor,
+    config: RangeConfig,
+    *,
+    counts: Tensor | None = None,
+    reader: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Set a quantizer to the best range of its best variant; see :func:`search_range`."""
+    variants = quantizer.variants()
+    found: dict[str, Tensor] = {}
+    least = math.inf
+    for variant in variants:
+        low, high, loss = _search(
+            variant, values, config, counts, reader, scored=len(variants) > 1
+        )
+        if not found or float(loss.sum()) < least:
+            least, found = float(loss.sum()), variant.parameters_for(low, high)
+    quantizer.load(**found)
+
+
+def _search(
+    quantizer: Quantizer,
+    values: Tensor,
+    config: RangeConfig,
+    counts: Tensor | None,
+    reader: Callable[[Tensor], Tensor] | None,
+    *,
+    scored: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best range, and its loss ``[G]``: 0 for a lone candidate unless scored."""
     if not torch.isfinite(values).all():
         raise PassError(f"{quantizer.site}: calibration saw values that are not finite")
     granularity = quantizer.spec.granularity
@@ -87,12 +123,11 @@ def search_range(
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if quantizer.one_sided:
         low = torch.zeros_like(low)
-    if len(low) > 1:
-        loss = _loss(quantizer, values, groups, counts, config, reader)
-        low, high = best_candidate(low, high, loss)
-    else:
-        low, high = low[0], high[0]
-    return low.reshape(shape), high.reshape(shape)
+    if len(low) == 1 and not scored:
+        return low[0].reshape(shape), high[0].reshape(shape), torch.zeros(1)
+    loss = _loss(quantizer, values, groups, counts, config, reader)
+    best_low, best_high, least = best_candidate(low, high, loss)
+    return best_low.reshape(shape), best_high.reshape(shape), least
 
 
 def _candidates(

@@ -7,11 +7,12 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
-from vitcompress.calibration.interpreter import run, walk
+from vitcompress.calibration.interpreter import Visit, run, walk
 from vitcompress.calibration.observers import Observer
 from vitcompress.engine.blocks import BlockWalk
 from vitcompress.engine.checkpoint import Checkpoint
 from vitcompress.graph import CapturedGraph, enumerate_sites
+from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.patterns import Block, blocks
 from vitcompress.passes.blocks import (
     BlockOutcome,
@@ -56,19 +57,24 @@ class LocalEngine:
         self,
         graph: CapturedGraph,
         source: CalibrationSource,
-        visit: Callable[[fx.Node, list[Tensor]], None],
+        visit: Visit,
+        *,
         taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
+        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once in step, quantizer by quantizer."""
         with tqdm(
             total=len(graph.quantizers()), desc="calibrating", disable=None, leave=False
         ) as bar:
 
-            def visit_and_count(node: fx.Node, values: list[Tensor]) -> None:
-                visit(node, values)
-                bar.update()
+            def visit_and_count(
+                node: fx.Node, values: list[Tensor], floats: list[Tensor]
+            ) -> None:
+                visit(node, values, floats)
+                bar.update(is_quantizer(node))
 
-            walk(graph, (batch.images for batch in source), visit_and_count, taps)
+            images = (batch.images for batch in source)
+            walk(graph, images, visit_and_count, taps=taps, beside=beside)
 
     @torch.no_grad()
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:

@@ -17,7 +17,7 @@ SQRT2 = float(torch.tensor(math.sqrt(2.0), dtype=torch.float32))
 
 
 def log_codes(
-    x: Tensor, scale: Tensor, *, bits: int, steps_per_octave: int, strict: bool
+    x: Tensor, scale: Tensor, *, bits: int, steps_per_octave: float, strict: bool
 ) -> Tensor:
     """Return the codes ``round(-steps_per_octave * log2(x / scale))``.
 
@@ -39,7 +39,7 @@ def log_codes(
     return torch.clamp(codes, 0, zero_code)
 
 
-def log_table(*, bits: int, steps_per_octave: int, strict: bool) -> Tensor:
+def log_table(*, bits: int, steps_per_octave: float, strict: bool) -> Tensor:
     """Return each code's value at scale 1, ``[2^bits]`` float32 (one more if not strict)."""
     powers = 2**bits - 1 if strict else 2**bits
     codes = torch.arange(powers, dtype=torch.float32)

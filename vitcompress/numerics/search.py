@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["best_candidate", "shrunk_ranges", "tail_quantiles"]
+__all__ = ["best_candidate", "coarse_to_fine", "shrunk_ranges", "tail_quantiles"]
 
 
 def tail_quantiles(values: Tensor, probabilities: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def shrunk_ranges(values: Tensor, *, steps: int, smallest: float) -> tuple[Tenso
 
 def best_candidate(
     low: Tensor, high: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each group, the candidate range of least loss; ties keep the earlier one.
 
     Args:
@@ -67,7 +67,7 @@ def best_candidate(
         loss: Maps one candidate, ``low [G], high [G]``, to its loss ``[G]``.
 
     Returns:
-        ``(low, high)``, each ``[G]``.
+        ``(low, high, loss)``, each ``[G]``.
     """
     best_low, best_high = low[0], high[0]
     best = loss(best_low, best_high)
@@ -77,4 +77,45 @@ def best_candidate(
         best = torch.where(better, found, best)
         best_low = torch.where(better, candidate_low, best_low)
         best_high = torch.where(better, candidate_high, best_high)
-    return best_low, best_high
+    return best_low, best_high, best
+
+
+def coarse_to_fine(
+    scales: Tensor,
+    points: Tensor,
+    step: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    keep: int,
+    children: int,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best combination of each group, refined around the best of a coarse grid.
+
+    Args:
+        scales: ``[K, G]``, positive.
+        points: What goes with each scale (a zero point, a base), ``[K, G]``; stays as it is.
+        step: Distance of neighbouring scales, ``[G]``.
+        loss: Maps ``scale [G], point [G]`` to the loss ``[G]``.
+        keep: Combinations kept in each round.
+        children: Scales tried around each of them, over one step of the round before.
+        rounds: Of refinement.
+
+    Returns:
+        ``(scale, point, loss)``, each ``[G]``.
+    """
+    smallest = 1e-3 * scales.amin(dim=0)
+    losses = torch.stack([loss(s, p) for s, p in zip(scales, points, strict=True)])
+    offsets = torch.linspace(-0.5, 0.5, children)[None, :, None]
+    for _ in range(rounds):
+        best = torch.topk(losses, min(keep, len(losses)), dim=0, largest=False).indices
+        scales, points, losses = (t.gather(0, best) for t in (scales, points, losses))
+        around = (scales[:, None] + offsets * step).clamp(min=smallest)
+        finer = around.flatten(0, 1)
+        beside = points[:, None].expand_as(around).flatten(0, 1)
+        found = torch.stack([loss(s, p) for s, p in zip(finer, beside, strict=True)])
+        scales, points = torch.cat([scales, finer]), torch.cat([points, beside])
+        losses = torch.cat([losses, found])
+        step = step / (children - 0.5)
+    best = losses.argmin(dim=0, keepdim=True)
+    return scales.gather(0, best)[0], points.gather(0, best)[0], losses.gather(0, best)[0]

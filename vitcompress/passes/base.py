@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from vitcompress.calibration import CalibrationSource, Request, Statistics
+from vitcompress.calibration.interpreter import Visit
 from vitcompress.graph import CapturedGraph
 from vitcompress.graph.patterns import Block, blocks
 from vitcompress.passes.blocks import (
@@ -74,8 +75,10 @@ class Engine(Protocol):
         self,
         graph: CapturedGraph,
         source: CalibrationSource,
-        visit: Callable[[fx.Node, list[Tensor]], None],
+        visit: Visit,
+        *,
         taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
+        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once through the graph in step; see ``calibration.interpreter``."""
 

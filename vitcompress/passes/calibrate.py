@@ -20,7 +20,7 @@ from vitcompress.calibration import (
     Request,
     Samples,
     Statistics,
-    search_range,
+    fit_range,
 )
 from vitcompress.errors import ConfigError, PassError
 from vitcompress.graph import CapturedGraph, QuantizationSite, Role, enumerate_sites
@@ -156,20 +156,19 @@ class Calibrate:
             for node in (_other_operand(s) for s, q in pending if isinstance(q, Sulq))
         }
 
-        def visit(node: fx.Node, values: list[Tensor]) -> None:
+        def visit(node: fx.Node, values: list[Tensor], floats: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
-                axis, _ = _rows_of_an_image(site.value)
-                stacked = torch.cat(values, dim=axis) if len(values) > 1 else values[0]
+                stacked, counts = self._stacked(site, quantizer, values)
                 if isinstance(quantizer, Sulq):
                     quantizer.search(stacked, self._product(site, operands))
                 else:
-                    self._set(graph, site, quantizer, stacked, None, context.generator)
+                    self._set(graph, site, quantizer, stacked, counts, context.generator)
 
         source = context.source
         if self.config.images is not None:
             source = FirstImages(source, self.config.images)
-        context.engine.walk(graph, source, visit, taps)
+        context.engine.walk(graph, source, visit, taps=taps)
 
     @staticmethod
     def _product(
@@ -183,6 +182,18 @@ class Calibrate:
         if site.index == 0:
             return lambda probs: probs @ other
         return lambda probs: other @ probs
+
+    def _stacked(
+        self, site: QuantizationSite, quantizer: Quantizer, values: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the values of all batches, as a histogram where each is tried many times."""
+        if self.config.method == "mse" and self._uses_histogram(quantizer):
+            histogram = Histogram()
+            for value in values:
+                histogram.update(value)
+            return histogram.result()
+        axis, _ = _rows_of_an_image(site.value)
+        return torch.cat(values, dim=axis) if len(values) > 1 else values[0], None
 
     def _set(
         self,
@@ -211,8 +222,7 @@ class Calibrate:
                 values = _some_rows(values, self.config.sample_tokens, generator)
         if not site.stored and type(quantizer.spec.granularity) is not PerTensor:
             config = _without_zero(config)
-        low, high = search_range(quantizer, values, config, counts=counts, reader=reader)
-        quantizer.set_range(low, high)
+        fit_range(quantizer, values, config, counts=counts, reader=reader)
 
 
 def _rows_of_an_image(value: fx.Node) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Number formats: a closed set, each with quantize, dequantize and a table or affine map."""
 
 from vitcompress.errors import ConfigError
+from vitcompress.quantizers.adalog import AdaLog
 from vitcompress.quantizers.affine import Affine
 from vitcompress.quantizers.base import Quantizer
 from vitcompress.quantizers.codebook import Codebook
@@ -17,6 +18,7 @@ from vitcompress.quantizers.sulq import Sulq
 
 __all__ = [
     "FORMATS",
+    "AdaLog",
     "Affine",
     "Codebook",
     "Granularity",
@@ -38,6 +40,7 @@ FORMATS: dict[str, type[Quantizer]] = {
     "log2": Log2,
     "log_sqrt2": LogSqrt2,
     "sulq": Sulq,
+    "adalog": AdaLog,
 }
 
 

@@ -5,6 +5,7 @@ holds by construction, since ``forward`` is written that way.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -64,6 +65,10 @@ class Quantizer(nn.Module, ABC):
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set the parameters that cover ``[low, high]``, each shaped like one parameter."""
         self.load(**self.parameters_for(low, high))
+
+    def variants(self) -> Sequence["Quantizer"]:
+        """Return quantizers of this spec that differ in what a range leaves open."""
+        return [self]
 
     def approximate(self, groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return what quantization in a trial range would make of the values.

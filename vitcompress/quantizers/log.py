@@ -1,7 +1,5 @@
 """Logarithmic formats for values in [0, 1], such as attention probabilities."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from vitcompress.numerics.nonuniform import log_codes, log_table
@@ -13,7 +11,10 @@ __all__ = ["Log2", "LogSqrt2"]
 class Log2(Codebook):
     """Powers of two below ``scale``, and zero."""
 
-    steps_per_octave: ClassVar[int] = 1
+    @property
+    def steps_per_octave(self) -> float:
+        """Powers for each factor of two."""
+        return 1.0
 
     def unit_table(self) -> Tensor:
         return log_table(
@@ -35,4 +36,6 @@ class Log2(Codebook):
 class LogSqrt2(Log2):
     """Powers of sqrt(2) below ``scale``, and zero (RepQ-ViT, section 3.3)."""
 
-    steps_per_octave: ClassVar[int] = 2
+    @property
+    def steps_per_octave(self) -> float:
+        return 2.0

@@ -99,7 +99,7 @@ class QuantSpec:
 
     Attributes:
         bits: Width of a code, 2 to 8.
-        format: ``affine``, ``log2``, ``log_sqrt2`` or ``sulq``.
+        format: ``affine``, ``log2``, ``log_sqrt2``, ``sulq`` or ``adalog``.
         symmetric: Signed codes with zero point 0 (affine only).
         granularity: Which values share one scale.
         strict: At most ``2^bits`` levels and whole zero points in range. ``False`` reproduces

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitcompress.export.onnx.support import axis_of
 from vitcompress.export.onnx.targets import Target
 from vitcompress.export.onnx.writer import Writer
-from vitcompress.quantizers import Affine, Codebook, Log2, PerTensor, Sulq
+from vitcompress.quantizers import AdaLog, Affine, Codebook, Log2, PerTensor, Sulq
 
 __all__ = ["Activations", "StoredCodes"]
 
@@ -167,7 +167,10 @@ class Activations:
         """Return ``-steps_per_octave log2(x / scale)``."""
         writer = self.writer
         factor = np.float32(-quantizer.steps_per_octave / np.log(2.0))
-        positive = writer.add(node, "Relu", [node.inputs[0]])
+        value = node.inputs[0]
+        if isinstance(quantizer, AdaLog):
+            value = writer.add(node, "Add", [value, writer.constant(quantizer.shift.numpy())])
+        positive = writer.add(node, "Relu", [value])
         ratio = writer.add(node, "Div", [positive, writer.constant(quantizer.scale.numpy())])
         return writer.add(
             node, "Mul", [writer.add(node, "Log", [ratio]), writer.constant(factor)]

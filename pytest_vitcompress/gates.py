@@ -11,12 +11,13 @@ from rich.console import Console
 from torch import nn
 
 import calib as images
+from vitcompress.effort import EFFORTS
 from vitcompress.errors import VitcompressError
 from vitcompress.gate import GateReport, judge, read_baseline, update_baseline
 from vitcompress.graph import CapturedGraph
 from vitcompress.models import LoadedModel, load_model
 from vitcompress.models.identity import model_digest
-from vitcompress.recipe import Scheme, default_recipe
+from vitcompress.recipe import Scheme
 from vitcompress.result import Result
 from vitcompress.sweep import Sweep, sweep
 from vitcompress.verdict_tables import print_gate, print_update
@@ -177,7 +178,7 @@ class Gates:
         # Schemes of one recipe are computed together.
         groups: dict[str, list[str]] = {}
         for word in scheme.split(","):
-            chosen = default_recipe(Scheme.parse(word)) if recipe is None else recipe
+            chosen = recipe or EFFORTS["fast"].recipe_for(Scheme.parse(word))
             groups.setdefault(self._located(chosen), []).append(word.strip())
         folder = self._folder / model_digest(model)[:16]  # what one model says is shared
         found: list[Result] = []

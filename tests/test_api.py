@@ -166,15 +166,17 @@ def test_exported_files_are_verified_on_rendered_images(compressed, tmp_path, mo
 
 def test_bits_alone_are_weight_bits():
     assert resolve_recipe(bits=4).scheme == Scheme(4, 8)
-    assert resolve_recipe(bits=4).name == "deploy"
-    assert resolve_recipe().label == "deploy-w8a8"
+    assert resolve_recipe().label == "fast-w8a8"
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name"), [("W8A8", "deploy"), ("W4A8", "deploy"), ("w4a4", "repq_vit")]
-)
-def test_default_recipe_follows_the_activation_bits(scheme, name):
-    assert resolve_recipe(scheme=scheme).name == name
+def test_an_effort_chooses_the_recipe_and_fast_is_the_default():
+    assert resolve_recipe(bits=4) == resolve_recipe(bits=4, effort="fast")
+    assert resolve_recipe(scheme="w4a4", effort="balanced").label == "balanced-w4a4"
+
+
+def test_an_effort_and_a_recipe_contradict_each_other():
+    with pytest.raises(ConfigError, match="one or the other"):
+        resolve_recipe(effort="fast", recipe="deploy")
 
 
 def test_scheme_and_recipe_combine():

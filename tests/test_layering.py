@@ -12,6 +12,7 @@ FLOORS = {
     "calibration": 2,
     "passes": 3,
     "recipe": 4,
+    "effort": 4,
     "engine": 4,
     "artifact": 4,
     "export": 4,

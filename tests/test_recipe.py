@@ -9,7 +9,6 @@ from vitcompress.recipe import (
     Recipe,
     Scheme,
     available_recipes,
-    default_recipe,
     load_recipe,
 )
 
@@ -74,13 +73,6 @@ def test_shipped_recipes_leave_no_role_to_chance(name):
 def test_a_name_may_carry_the_scheme():
     assert load_recipe("repq_vit-w6a3").label == "repq_vit-w6a3"
     assert load_recipe("repq_vit").label == "repq_vit-w4a4"
-
-
-def test_every_scheme_has_a_default_recipe_that_exists():
-    for bits in range(2, 9):
-        assert default_recipe(Scheme(4, bits)) in available_recipes()
-    assert default_recipe(Scheme(4, 8)) == "deploy"
-    assert default_recipe(Scheme(8, 4)) == "repq_vit"
 
 
 # Reading

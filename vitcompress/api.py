@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import calib
 from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_files
 from vitcompress.calibration import CalibrationSource
+from vitcompress.effort import effort_named
 from vitcompress.engine import Checkpoint, LocalEngine, run_recipe
 from vitcompress.engine.memory import PeakMemory
 from vitcompress.errors import ArtifactError, ConfigError
@@ -24,7 +25,7 @@ from vitcompress.measure import measure_activations
 from vitcompress.models import LoadedModel
 from vitcompress.models.identity import model_digest
 from vitcompress.models.preprocessing import from_attributes
-from vitcompress.recipe import Recipe, Scheme, default_recipe, load_recipe
+from vitcompress.recipe import Recipe, Scheme, load_recipe
 from vitcompress.report import (
     CompressionReport,
     ExportEntry,
@@ -167,6 +168,7 @@ def quantize(
     *,
     bits: int | None = None,
     scheme: str | Scheme | None = None,
+    effort: str | None = None,
     recipe: str | Path | Recipe | None = None,
     source: calib.Source | CalibrationSource | None = None,
     overrides: Sequence[str] = (),
@@ -180,7 +182,9 @@ def quantize(
             capture where one model is quantized several times); left as it was.
         bits: Weight bits; activations take 8, which is what runtimes execute.
         scheme: Both widths, e.g. ``W4A4``; instead of ``bits``.
-        recipe: Name, file or object; the default of the scheme if not given.
+        effort: ``fast`` (the default), ``balanced`` or ``best``: chooses the recipe that was
+            measured to be best for the scheme; see :mod:`vitcompress.effort`.
+        recipe: Name, file or object; instead of ``effort``.
         source: Calibration images; 32 rendered ones if not given.
         overrides: Recipe settings such as ``passes.1.method=minmax``.
         model_id: What to call the model in files.
@@ -193,7 +197,9 @@ def quantize(
         UnsupportedModelError: The model cannot be captured.
         PassError: A pass failed on this model.
     """
-    chosen = resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=overrides)
+    chosen = resolve_recipe(
+        bits=bits, scheme=scheme, effort=effort, recipe=recipe, overrides=overrides
+    )
     stages: list[StageEntry] = []
     source = bound_source(model, source)
     with _stage("read images", stages):
@@ -330,6 +336,7 @@ def resolve_recipe(
     *,
     bits: int | None = None,
     scheme: str | Scheme | None = None,
+    effort: str | None = None,
     recipe: str | Path | Recipe | None = None,
     overrides: Sequence[str] = (),
 ) -> Recipe:
@@ -340,6 +347,8 @@ def resolve_recipe(
     """
     if bits is not None and scheme is not None:
         raise ConfigError(f"give bits or scheme, not both; got {bits} and {scheme}")
+    if effort is not None and recipe is not None:
+        raise ConfigError("an effort chooses the recipe; give one or the other")
     chosen = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if bits is not None:
         chosen = Scheme(bits, 8)
@@ -351,7 +360,7 @@ def resolve_recipe(
         return recipe
     if recipe is None:
         chosen = chosen or Scheme(8, 8)
-        recipe = default_recipe(chosen)
+        recipe = effort_named(effort or "fast").recipe_for(chosen)
     return load_recipe(recipe, scheme=chosen, overrides=overrides)
 
 

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitcompress.errors import ConfigError
 from vitcompress.passes import PASSES, Fact, Pass
 
-__all__ = ["Recipe", "Scheme", "available_recipes", "default_recipe", "load_recipe"]
+__all__ = ["Recipe", "Scheme", "available_recipes", "load_recipe"]
 
 SCHEMA = 1
 _KEYS = ("schema", "name", "description", "scheme", "seed", "passes")
@@ -155,15 +155,6 @@ def recipe_folder() -> Path:
 def available_recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
-
-
-def default_recipe(scheme: Scheme) -> str:
-    """Return the name of the recipe that serves a scheme best unless the user says otherwise.
-
-    Eight-bit activations run as integers today, so attention stays float and only what the
-    runtimes execute is quantized. Narrower ones are for study, and get the whole method.
-    """
-    return "deploy" if scheme.activation_bits == 8 else "repq_vit"
 
 
 def load_recipe(

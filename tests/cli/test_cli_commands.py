@@ -57,8 +57,8 @@ def test_factory_is_quantized_with_nothing_but_bits(vitcompress, tmp_path):
     found = vitcompress("quantize", *TINY, "--bits", 4, "--samples", 4)
 
     assert (found.code, found.err) == (0, "")
-    assert library.load(tmp_path / "tiny-w4a8").recipe.label == "deploy-w4a8"
-    assert "scheme: W4A8, recipe deploy" in found.out
+    assert library.load(tmp_path / "tiny-w4a8").recipe.label == "fast-w4a8"
+    assert "scheme: W4A8, recipe fast" in found.out
     assert "no --calib: calibrating on rendered images (synthetic)" in found.out
     assert "saved to tiny-w4a8" in found.out
 

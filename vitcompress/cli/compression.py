@@ -40,6 +40,7 @@ from vitcompress.cli.options import (
     Trust,
     write_json,
 )
+from vitcompress.effort import EFFORTS, effort_named
 from vitcompress.evaluate import evaluate
 from vitcompress.measure import measure_activations
 from vitcompress.terminal import out
@@ -54,7 +55,13 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="Both widths, e.g. W4A4")] = None,
     w_bits: Annotated[int | None, typer.Option(help="Weight bits")] = None,
     a_bits: Annotated[int | None, typer.Option(help="Activation bits")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file")] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="; ".join(f"{n}: {e.description}" for n, e in EFFORTS.items())),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe name or YAML file, instead of --effort")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="passes.1.method=minmax; repeatable")
     ] = None,
@@ -71,7 +78,12 @@ def quantize(
             "--calib", help="Calibration images: folder, .csv, .npy, .npz, .safetensors, .tar"
         ),
     ] = None,
-    samples: Samples = api.DEFAULT_SAMPLES,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Calibration images; those of the effort, or {api.DEFAULT_SAMPLES}"
+        ),
+    ] = None,
     seed: Seed = 0,
     batch_size: Batch = 32,
     eval_: Eval = None,
@@ -92,9 +104,12 @@ def quantize(
     chosen = api.resolve_recipe(
         bits=bits,
         scheme=chosen_scheme(bits, scheme, w_bits, a_bits),
+        effort=effort,
         recipe=recipe,
         overrides=set_ or (),
     )
+    if samples is None:
+        samples = api.DEFAULT_SAMPLES if recipe else effort_named(effort or "fast").samples
     destination = output or default_output(model, chosen)
     check_writable(destination, overwrite=overwrite)
     loaded = with_preprocessing(

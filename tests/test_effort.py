@@ -17,11 +17,14 @@ def test_every_effort_has_a_recipe_for_every_scheme(name, scheme):
     assert load_recipe(chosen, scheme=Scheme.parse(scheme)).scheme == Scheme.parse(scheme)
 
 
-def test_a_scheme_may_have_a_recipe_of_its_own():
-    effort = Effort("words", 8, "usual", {"W8A8": "other"})
+def test_what_runtimes_execute_has_a_recipe_of_its_own():
+    effort = Effort("words", 8, "executed", "narrow")
 
-    assert effort.recipe_for(Scheme(8, 8)) == "other"
-    assert effort.recipe_for(Scheme(4, 8)) == "usual"
+    assert [effort.recipe_for(Scheme(4, bits)) for bits in (8, 7, 4)] == [
+        "executed",
+        "narrow",
+        "narrow",
+    ]
 
 
 def test_only_fast_passes_train_nothing():

@@ -5,8 +5,7 @@ only with a gain on real images.
 """
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vitcompress.errors import ConfigError
 from vitcompress.recipe import Scheme
@@ -21,25 +20,27 @@ class Effort:
     Attributes:
         description: Cost and means, for help texts.
         samples: Calibration images.
-        recipe: Name of the recipe for every scheme that has none of its own.
-        exceptions: Recipe names by scheme.
+        recipe: Name of the recipe for activations of 8 bits, which runtimes execute as
+            integers: attention probabilities are spaced evenly.
+        narrow: The same for narrower activations, whose probabilities need a logarithm.
+            Runtimes look that up in tables: such files are for study.
     """
 
     description: str
     samples: int
     recipe: str
-    exceptions: Mapping[str, str] = field(default_factory=dict)
+    narrow: str
 
     def recipe_for(self, scheme: Scheme) -> str:
         """Return the name of the recipe for a scheme."""
-        return self.exceptions.get(str(scheme), self.recipe)
+        return self.recipe if scheme.activation_bits == 8 else self.narrow
 
 
 #: By the name users give.
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort("closed form, minutes on two cores", 64, "fast"),
-    "balanced": Effort("trained for half an hour on two cores", 512, "balanced"),
-    "best": Effort("trained for hours on two cores", 1024, "best"),
+    "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
+    "balanced": Effort("trained for half an hour on two cores", 512, "balanced", "balanced"),
+    "best": Effort("trained for hours on two cores", 1024, "best", "best"),
 }
 
 

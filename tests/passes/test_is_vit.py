@@ -97,7 +97,7 @@ def tuned(vit_graph, many):
     """The tiny ViT at W3A3: graph, report, stages."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda checkpoint: recorder)
+        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda *_: recorder)
         graph, records = run_steps([ATTACH, STEP], vit_graph, many, "W3A3")
     return graph, records[-1].report, recorder.stages
 
@@ -129,7 +129,7 @@ def test_what_a_block_reads_in_the_third_stage_depends_on_the_blocks_in_front(
     _, _, (first, third) = tuned
     untuned = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda checkpoint: untuned)
+        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda *_: untuned)
         run_steps([ATTACH, {**STEP, "rate": 0.0}], vit_graph, many, "W3A3")
 
     def read(stage, path):

@@ -22,7 +22,7 @@ SETTINGS = (
 
 
 def contents(folder):
-    """Return every file of an artefact, without the times in them."""
+    """Return every file of an artefact, without times and the command, which names it."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest, report = (
         json.loads(found.pop(name)) for name in ("manifest.json", "report.json")
@@ -34,6 +34,7 @@ def contents(folder):
         for block in entry["details"].get("blocks", {}).values():
             block.pop("seconds")
     report.pop("stages")
+    report["protocol"].pop("command")
     for entry in report["evaluations"]:
         entry.pop("seconds")
     return found, report

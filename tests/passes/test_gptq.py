@@ -154,15 +154,19 @@ class Odd(nn.Module):
         return self.head(self.twice(torch.tanh(self.twice(x))).mean(dim=1))
 
 
-def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated():
+@pytest.fixture(scope="module")
+def odd():
     torch.manual_seed(0)
-    reference = capture(Odd().eval(), images(2, size=16))
+    return capture(Odd().eval(), images(2, size=16))
+
+
+def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated(odd):
     source = make_source(smooth_images(16, size=16))
     steps = [
         {"pass": "attach", "rules": [{"roles": ["weight"], "bits": 4}]},
         {"pass": "calibrate"},
     ]
-    graph, _ = run_steps(steps, reference, source)
+    graph, _ = run_steps(steps, odd, source)
     before = graph.tensors()
 
     report = run_pass(Gptq(GptqConfig()), graph, source)
@@ -176,20 +180,18 @@ def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated():
     assert changed == {"stem.weight", "stem.bias", "head.weight"}
 
 
-def test_the_convolution_with_stride_and_padding_is_unfolded_as_it_is_computed():
-    torch.manual_seed(0)
-    reference = capture(Odd().eval(), images(2, size=16))
+def test_the_convolution_with_stride_and_padding_is_unfolded_as_it_is_computed(odd):
     source = make_source(smooth_images(16, size=16))
     rules = [{"sites": ["stem:weight"], "bits": 3, "granularity": "per_channel"}]
     plain, _ = run_steps(
-        [{"pass": "attach", "rules": rules}, {"pass": "calibrate"}], reference, source
+        [{"pass": "attach", "rules": rules}, {"pass": "calibrate"}], odd, source
     )
     repaired = plain.clone()
 
     run_pass(Gptq(GptqConfig()), repaired, source)
 
     x = smooth_images(16, size=16, seed=5)
-    exact = reference.logits(x)
+    exact = odd.logits(x)
     assert (repaired.logits(x) - exact).norm() < (plain.logits(x) - exact).norm()
 
 

@@ -17,7 +17,7 @@ from vitcompress.passes.massive_activations import (
 
 #: The tiny model is so small that one channel is a larger share of it.
 ROOMY = {"max_share": 0.05, "ratio": 4.0}
-SITE = "blocks.1.fc2:input"
+SITE = "blocks.0.fc2:input"
 RULES = [
     {"roles": ["weight"], "bits": 8, "granularity": "per_channel"},
     {"roles": ["norm_output", "proj_input", "head_input", "patch_input"], "bits": 8},
@@ -28,11 +28,11 @@ RULES = [
 @pytest.fixture(scope="module")
 def giants():
     """A tiny model with two hidden units that are tens of times larger than all others."""
-    model = tiny_vit(seed=2)
+    model = tiny_vit(seed=2, depth=1)
     with torch.no_grad():
-        model.blocks[1].fc1.bias[5] = 90.0
-        model.blocks[1].fc1.bias[40] = 60.0
-        model.blocks[1].fc2.weight[:, [5, 40]] *= 0.05
+        model.blocks[0].fc1.bias[5] = 90.0
+        model.blocks[0].fc1.bias[40] = 60.0
+        model.blocks[0].fc2.weight[:, [5, 40]] *= 0.05
     return capture(model, images(2))
 
 

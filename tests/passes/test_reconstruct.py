@@ -5,7 +5,9 @@ import torch
 from tasks import tasks_of
 from tiny import images, make_source, relative_error, run_pass, run_steps, smooth_images
 
+from vitcompress.demo import load_digits, load_model
 from vitcompress.errors import ConfigError, PassError
+from vitcompress.graph import capture
 from vitcompress.graph.partition import chain, extract_block
 from vitcompress.graph.patterns import blocks
 from vitcompress.passes import Freeze, Reconstruct
@@ -114,6 +116,27 @@ def test_blocks_err_less_on_images_that_were_not_trained_on(
     figures = report.details["blocks"].values()
     better = sum(f["held_out_after"] < f["held_out_before"] for f in figures)
     assert report.details["held_out_better"] == f"{better} of 4 blocks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "rate", "iterations"),
+    [("straight_through", 1e-3, 60), ("adaround", 2e-2, 100)],
+)
+def test_every_unit_of_a_trained_network_errs_less_on_images_it_has_not_seen(
+    weights, rate, iterations
+):
+    """Item 2 asks for nine in ten; inputs are the same before and after."""
+    x = load_digits("train")[0]
+    reference = capture(load_model(), x[:2])
+    graph = run_steps([ATTACH, CALIBRATE], reference, make_source(x[:256]), "W3A8")[0]
+    settings = {"weights": weights, "weight_rate": rate, "iterations": iterations}
+    config = {**{name: value for name, value in QUICK.items() if name != "pass"}, **settings}
+    step = Reconstruct(ReconstructConfig(**{**config, "held_out": 0.5, "batch_size": 32}))
+
+    report = run_pass(step, graph, make_source(x[:512], batch_size=64), teacher=reference)
+
+    assert report.details["held_out_better"] == "8 of 8 blocks"
 
 
 @pytest.mark.parametrize("loss", LOSSES)

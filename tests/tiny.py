@@ -132,7 +132,12 @@ def make_source(
     return TensorSource(images, labels, batch_size=batch_size)
 
 
-def run_pass(step: Pass, graph: CapturedGraph, source: CalibrationSource | None) -> PassReport:
+def run_pass(
+    step: Pass,
+    graph: CapturedGraph,
+    source: CalibrationSource | None,
+    teacher: CapturedGraph | None = None,
+) -> PassReport:
     """Apply one pass to ``graph`` as the engine does, without the engine's checks."""
     engine = LocalEngine()
     requests = step.statistics(graph)
@@ -141,7 +146,7 @@ def run_pass(step: Pass, graph: CapturedGraph, source: CalibrationSource | None)
         statistics=statistics,
         source=source,
         reference=graph.clone(),
-        teacher=graph.clone(),
+        teacher=(teacher or graph).clone(),
         engine=engine,
         generator=torch.Generator().manual_seed(0),
     )

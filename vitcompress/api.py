@@ -188,8 +188,7 @@ def quantize(
         source: Calibration images; 32 rendered ones if not given.
         overrides: Recipe settings such as ``passes.1.method=minmax``.
         model_id: What to call the model in files.
-        checkpoint: Directory in which a reconstruction keeps the blocks it finished; the same
-            call again goes on from there.
+        checkpoint: Directory of finished blocks; the same call again goes on from there.
 
     Raises:
         ConfigError: A setting is wrong, or the checkpoint is that of another run.
@@ -206,14 +205,14 @@ def quantize(
         first = next(iter(source)).images
     with _stage("capture", stages):
         reference = captured(model, first[:2], model_id)
-    stored = None
+    kept = None
     if checkpoint is not None:
-        stored = Checkpoint.of_run(Path(checkpoint), chosen, reference, source)
+        kept = Checkpoint.of_run(Path(checkpoint), chosen, reference, source)
     return compress(
         chosen,
         reference,
         source,
-        engine=LocalEngine(stored),
+        engine=LocalEngine(kept),
         model_digest=model_digest(model),
         stages=stages,
     )

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import run_pass
 
 import calib
 import vitcompress
+from vitcompress.calibration.interpreter import run
 from vitcompress.evaluate import evaluate, onnx_predictor
+from vitcompress.graph import enumerate_sites
+from vitcompress.passes import Hadamard
+from vitcompress.passes.hadamard import HadamardConfig
 
 ASSETS = Path(os.environ.get("VITCOMPRESS_ASSETS", "../shared/assets"))
 
@@ -65,3 +70,26 @@ def test_w8a8_executed_keeps_the_accuracy(case, tmp_path):
     assert result.size_bytes <= 7_000_000
     # Two correct runs differ like two draws of the rounding noise; see the README.
     assert executed.agreement_percent >= 98.0
+
+
+def test_rotation_lowers_the_peaks_of_what_every_block_reads(case):
+    loaded, source, *_ = case
+    graph = vitcompress.capture(loaded.module, torch.zeros(2, 3, 224, 224))
+    turned = graph.clone()
+    run_pass(Hadamard(HadamardConfig()), turned, None)
+    x = next(iter(source)).images[:8]
+
+    def peaks(of):
+        found = {}
+        sites = [s for n, s in enumerate_sites(of).items() if n.endswith("qkv:input")]
+        taps = {s.value: lambda v, n=s.name: found.update({n: peak(v)}) for s in sites}
+        run(of, x, taps=taps)
+        return found
+
+    def peak(value):
+        return float(value.abs().max() / value.square().mean().sqrt())
+
+    # Measured: 5.8 to 14.5 before, 4.1 to 5.1 after.
+    before, after = peaks(graph), peaks(turned)
+    assert len(before) == 12
+    assert all(after[name] < 0.8 * before[name] for name in before)

@@ -126,7 +126,7 @@ def test_a_walk_shows_other_values_to_taps(quantized, vit_graph):
     batches, seen = images(8).split(4), []
     value = enumerate_sites(quantized)["blocks.1.attn:value"].value
 
-    walk(quantized, batches, lambda node, values: None, {value: seen.append})
+    walk(quantized, batches, lambda *_: None, taps={value: seen.append})
 
     tapped = []
     for batch in batches:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from families import family_graph
 from zoo import zoo_graph
 
 from vitcompress.graph.heads import heads_of_operand, heads_of_output
@@ -57,8 +56,14 @@ def test_windows_do_not_matter():
     assert torch.equal(heads_of_operand(attention.output, 1, -1).channels, channels(2, 12, 48))
 
 
-def test_what_is_in_the_way_is_named():
-    attention = first_attention(family_graph("timm_levit"))
+def test_what_is_in_the_way_is_named(vit_graph):
+    attention = first_attention(vit_graph.clone())
+    linear = heads_of_output(attention.output).linear
+    read = linear.args[0]
+    with linear.graph.inserting_before(linear):
+        between = linear.graph.call_function(torch.ops.aten.hardswish.default, (read,))
+    between.meta = dict(read.meta)
+    linear.update_arg(0, between)
 
     reason = heads_of_output(attention.output)
 

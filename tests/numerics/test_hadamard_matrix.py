@@ -3,7 +3,7 @@ import torch
 
 from vitcompress.numerics.hadamard import hadamard_matrix, random_rotation
 
-SIZES = [1, 2, 4, 8, 12, 20, 24, 32, 48, 64, 96, 192, 384, 768]
+SIZES = [1, 2, 4, 8, 12, 20, 24, 32, 48, 64, 96, 192, 768]
 
 
 @pytest.mark.parametrize("size", SIZES)

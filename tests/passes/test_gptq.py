@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import images, make_source, run_pass, run_steps
+from tiny import images, make_source, run_pass, run_steps, smooth_images
 from torch import nn
 
 from vitcompress.calibration import RangeConfig, fit_range
@@ -36,11 +36,11 @@ def prepared(graph, source, **settings):
 
 @pytest.fixture(scope="module")
 def many():
-    return make_source(images(32, seed=3), batch_size=8)
+    return make_source(smooth_images(32, seed=3), batch_size=8)
 
 
 def logits_error(graph, reference, seed):
-    x = images(32, seed=seed)
+    x = smooth_images(32, seed=seed)
     return (graph.logits(x) - reference.logits(x)).square().mean().item()
 
 
@@ -122,7 +122,7 @@ def test_a_layer_sees_what_the_quantized_layers_before_it_make(vit_graph, many):
 def test_a_convolution_is_rounded_over_its_patches(vit_graph, many):
     graph = prepared(vit_graph, many)
     unfolded = vit_graph.parameter("patch_embed.weight")
-    x = images(16, seed=9)
+    x = smooth_images(16, seed=9)
 
     run_pass(Gptq(GptqConfig()), graph, many)
 
@@ -154,15 +154,19 @@ class Odd(nn.Module):
         return self.head(self.twice(torch.tanh(self.twice(x))).mean(dim=1))
 
 
-def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated():
+@pytest.fixture(scope="module")
+def odd():
     torch.manual_seed(0)
-    reference = capture(Odd().eval(), images(2, size=16))
-    source = make_source(images(16, size=16))
+    return capture(Odd().eval(), images(2, size=16))
+
+
+def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated(odd):
+    source = make_source(smooth_images(16, size=16))
     steps = [
         {"pass": "attach", "rules": [{"roles": ["weight"], "bits": 4}]},
         {"pass": "calibrate"},
     ]
-    graph, _ = run_steps(steps, reference, source)
+    graph, _ = run_steps(steps, odd, source)
     before = graph.tensors()
 
     report = run_pass(Gptq(GptqConfig()), graph, source)
@@ -176,20 +180,18 @@ def test_what_it_cannot_repair_is_reported_and_stays_as_calibrated():
     assert changed == {"stem.weight", "stem.bias", "head.weight"}
 
 
-def test_the_convolution_with_stride_and_padding_is_unfolded_as_it_is_computed():
-    torch.manual_seed(0)
-    reference = capture(Odd().eval(), images(2, size=16))
-    source = make_source(images(16, size=16))
+def test_the_convolution_with_stride_and_padding_is_unfolded_as_it_is_computed(odd):
+    source = make_source(smooth_images(16, size=16))
     rules = [{"sites": ["stem:weight"], "bits": 3, "granularity": "per_channel"}]
     plain, _ = run_steps(
-        [{"pass": "attach", "rules": rules}, {"pass": "calibrate"}], reference, source
+        [{"pass": "attach", "rules": rules}, {"pass": "calibrate"}], odd, source
     )
     repaired = plain.clone()
 
     run_pass(Gptq(GptqConfig()), repaired, source)
 
-    x = images(16, seed=5, size=16)
-    exact = reference.logits(x)
+    x = smooth_images(16, size=16, seed=5)
+    exact = odd.logits(x)
     assert (repaired.logits(x) - exact).norm() < (plain.logits(x) - exact).norm()
 
 

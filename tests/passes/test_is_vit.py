@@ -6,9 +6,10 @@ from tiny import images, make_source, relative_error, run_pass, run_steps, smoot
 from zoo import zoo_graph, zoo_images
 
 from vitcompress.calibration.interpreter import run
+from vitcompress.demo import load_digits, load_model
 from vitcompress.engine import LocalEngine
 from vitcompress.errors import ConfigError
-from vitcompress.graph import enumerate_sites
+from vitcompress.graph import capture, enumerate_sites
 from vitcompress.passes import Calibrate, RepqVit
 from vitcompress.passes.calibrate import CalibrateConfig
 from vitcompress.passes.is_vit import IsVitConfig, float_weights
@@ -97,7 +98,7 @@ def tuned(vit_graph, many):
     """The tiny ViT at W3A3: graph, report, stages."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda checkpoint: recorder)
+        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda *_: recorder)
         graph, records = run_steps([ATTACH, STEP], vit_graph, many, "W3A3")
     return graph, records[-1].report, recorder.stages
 
@@ -129,7 +130,7 @@ def test_what_a_block_reads_in_the_third_stage_depends_on_the_blocks_in_front(
     _, _, (first, third) = tuned
     untuned = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda checkpoint: untuned)
+        patch.setattr("vitcompress.engine.pipeline.LocalEngine", lambda *_: untuned)
         run_steps([ATTACH, {**STEP, "rate": 0.0}], vit_graph, many, "W3A3")
 
     def read(stage, path):
@@ -218,8 +219,23 @@ def test_the_loss_of_blocks_falls_and_so_does_their_error_on_held_out_images(tun
     blocks = report.details[stage]["blocks"]
 
     for path in ("blocks.0", "blocks.1"):
-        assert blocks[path]["loss_last"] < 0.97 * blocks[path]["loss_first"]
+        assert blocks[path]["loss_last"] < 0.9 * blocks[path]["loss_first"]
         assert blocks[path]["held_out_after"] < blocks[path]["held_out_before"]
+
+
+@pytest.mark.slow
+def test_on_a_trained_network_the_loss_of_every_block_falls_below_seven_tenths():
+    graph = capture(load_model(), load_digits("train")[0][:2])
+    source = make_source(load_digits("train")[0][:128], batch_size=32)
+    step = {**STEP, "iterations": 400, "rate": 2e-3, "held_out": 0.25}
+
+    _, records = run_steps([ATTACH, step], graph, source, "W3A3")
+
+    for stage in ("stage_1", "stage_3"):
+        blocks = records[-1].report.details[stage]["blocks"]
+        for path in (f"blocks.{i}" for i in range(6)):
+            assert blocks[path]["loss_last"] < 0.7 * blocks[path]["loss_first"]
+            assert blocks[path]["held_out_after"] < blocks[path]["held_out_before"]
 
 
 def test_the_patch_embedding_is_untouched_in_the_first_stage(tuned):
@@ -239,7 +255,7 @@ def test_three_stages_beat_one_and_none(vit_graph, many, tuned):
     one = {
         "pass": "reconstruct",
         "weights": "straight_through",
-        "iterations": 120,
+        "iterations": 60,
         "weight_rate": 1e-3,
         "bias_rate": 1e-3,
         "scale_rate": 0.0,

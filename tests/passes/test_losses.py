@@ -138,6 +138,21 @@ def test_a_refresh_of_the_fisher_adds_a_direction_and_starts_the_scale_anew():
     assert value(loss, z + 0.1 * noise(*z.shape), z) == pytest.approx(2.0, rel=1e-5)
 
 
+def test_the_low_rank_fisher_is_zero_without_error_and_above_zero_with_any():
+    task = toy_task()
+    loss, z = prepared("fima", task), task.targets.take(EVERYTHING)
+    loss.refresh(task, lambda x: x + 0.05 * noise(*x.shape, seed=9))
+    value(loss, z + 0.1 * noise(*z.shape), z)
+
+    assert value(loss, z, z) == 0.0
+    for element in range(TOKENS * CHANNELS):
+        error = torch.zeros(TOKENS * CHANNELS)
+        error[element] = 1e-3
+        assert value(loss, z + error.reshape(TOKENS, CHANNELS), z) > 0.0
+    for seed in range(20):
+        assert value(loss, z + noise(*z.shape, seed=seed), z) > 0.0
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
 def test_the_fisher_does_not_mind_the_scale_of_errors(scale):
     loss = LowRankFisher()

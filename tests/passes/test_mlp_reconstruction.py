@@ -97,7 +97,15 @@ def test_both_halves_pull_values_beyond_the_clamp():
     assert hidden.grad.item() != 0.0
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "timm_swin", "hf_vit", "torchvision_vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm_swin",
+        "hf_vit",
+        pytest.param("timm_vit", marks=pytest.mark.slow),
+        pytest.param("torchvision_vit", marks=pytest.mark.slow),
+    ],
+)
 def test_the_mlps_of_library_models_are_found(name):
     graph = zoo_graph(name)
 
@@ -108,6 +116,22 @@ def test_the_mlps_of_library_models_are_found(name):
     assert all(len(mlp.block(graph).nodes) == 3 for mlp in found)
 
 
+def test_something_between_linear_and_gelu_is_named(vit_graph):
+    graph = vit_graph.clone()
+    gelu = next(n for n in graph.graph.nodes if is_op(n, GELU))
+    with graph.graph.inserting_before(gelu):
+        between = graph.graph.call_function(torch.ops.aten.tanh.default, (gelu.args[0],))
+    between.meta = dict(gelu.meta)
+    gelu.update_arg(0, between)
+
+    found, skipped = gelu_mlps(graph)
+
+    assert len(found) == 1
+    (reason,) = skipped.values()
+    assert "not a linear of its own" in reason
+
+
+@pytest.mark.slow
 def test_a_convolution_between_linear_and_gelu_is_named():
     found, skipped = gelu_mlps(family_graph("timm_pvt"))
 

@@ -126,6 +126,8 @@ class Lowering:
         if isinstance(quantizer.spec.granularity, PerGroup):
             # onnxruntime takes scales by blocks in front of a product for scales by columns.
             stored = writer.add(node, "Transpose", [self.weights.value(weight)], perm=[1, 0])
+        elif path in self.reasons:
+            stored = self.weights.folded(node, weight)
         else:
             stored = self.weights.value(weight, transposed=True)
         result = writer.add(node, "MatMul", [node.inputs[0], stored], name=path)

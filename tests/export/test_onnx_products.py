@@ -213,7 +213,7 @@ def test_drawn_products_compute_what_the_graph_does(drawn):
 
 @torch.no_grad()
 def test_every_output_of_drawn_products_is_the_graphs(drawn):
-    """The verification compares the first alone."""
+    """On its own; the verification compares them in step."""
     x, providers = noise(3, 1, 5, 6, seed=4), ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(drawn.path), providers=providers)
 

@@ -37,7 +37,7 @@ OURS = {
         "ours integer_attention W4A8": ("integer_attention-w4a8", "ort-cpu"),
     },
     "openvino": {
-        "ours deploy_symmetric W8A8": ("deploy_symmetric-w8a8", "openvino"),
+        "ours deploy_symmetric_weights W8A8": ("deploy_symmetric_weights-w8a8", "openvino"),
         "ours deploy W4A8": ("deploy-w4a8", "openvino"),
     },
 }

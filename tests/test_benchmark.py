@@ -2,6 +2,7 @@ import importlib
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -262,6 +263,18 @@ def test_a_file_runs_in_bfloat16_or_is_left_out_with_the_reason(made, runtime):
         kinds = {name: {op.split()[-1] for op in ops} for name, ops in found.ops.items()}
         assert found.ops["half"]["FullyConnected bf16"] == LINEARS
         assert "bf16" not in kinds["plain"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [(["FP32", "BF16"], ""), (["FP32"], "OpenVINO finds no bfloat16 units here")],
+)
+def test_openvino_asks_the_processor_for_bfloat16(monkeypatch, capabilities, reason):
+    core = SimpleNamespace(get_property=lambda *_: capabilities)
+    fake = SimpleNamespace(Core=lambda: core, __version__="2026.4-1")
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+
+    assert timing.RUNTIMES["openvino"]().without_bfloat16 == reason
 
 
 def has_bfloat16():

@@ -11,6 +11,7 @@ Peers that are not installed are left out, with the reason.
 import argparse
 import importlib.util
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
+    started = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - started:.0f} s: {what}", flush=True)
+
     for reason in missing():
         print(f"left out: {reason}")
     with recording("peers") as record, tempfile.TemporaryDirectory() as folder:
@@ -66,12 +72,15 @@ def main() -> None:
                     continue
                 place = Path(folder) / f"{model}-{runtime}"
                 place.mkdir()
-                files = dict(written(graph, source, runtime, place))
-                accuracy = {
-                    name: measured(path, known, images, runtime)
-                    for name, path in files.items()
-                    if images is not None and known is not None
-                }
+                files: dict[str, Path] = {}
+                for name, path in written(graph, source, runtime, place):
+                    files[name] = path
+                    say(f"{model}, {runtime}: {name} is written")
+                accuracy: dict[str, Mapping[str, Any]] = {}
+                if images is not None and known is not None:
+                    for name, path in files.items():
+                        accuracy[name] = measured(path, known, images, runtime)
+                        say(f"{model}, {runtime}: {name} is evaluated")
                 for batch in map(int, arguments.batch.split(",")):
                     timed = time_files(
                         files,
@@ -81,6 +90,7 @@ def main() -> None:
                         rounds=arguments.rounds,
                         seed=0,
                     )
+                    say(f"{model}, {runtime}: batch {batch} is timed")
                     walls = {n: found.wall_ms for n, found in timed.samples().items()}
                     for name, path in files.items():
                         record(

@@ -91,7 +91,8 @@ def main() -> None:
                         seed=0,
                     )
                     say(f"{model}, {runtime}: batch {batch} is timed")
-                    walls = {n: found.wall_ms for n, found in timed.samples().items()}
+                    samples = timed.samples()
+                    walls = {n: found.wall_ms for n, found in samples.items()}
                     for name, path in files.items():
                         record(
                             model=model,
@@ -102,6 +103,7 @@ def main() -> None:
                             bytes=size_of(path),
                             median_ms=round(float(np.median(walls[name])), 3),
                             iqr_ms=round(interquartile_range(walls[name]), 3),
+                            cpu_ms=round(float(np.median(samples[name].cpu_ms)), 3),
                             speedup={
                                 other: round(speedup(walls[other], walls[name]), 3)
                                 for other in files

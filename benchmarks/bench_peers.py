@@ -11,6 +11,7 @@ Peers that are not installed are left out, with the reason.
 import argparse
 import importlib.util
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ OURS = {
         "ours integer_attention W4A8": ("integer_attention-w4a8", "ort-cpu"),
     },
     "openvino": {
-        "ours deploy_symmetric W8A8": ("deploy_symmetric-w8a8", "openvino"),
+        "ours deploy_symmetric_weights W8A8": ("deploy_symmetric_weights-w8a8", "openvino"),
         "ours deploy W4A8": ("deploy-w4a8", "openvino"),
     },
 }
@@ -55,6 +56,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
+    started = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - started:.0f} s: {what}", flush=True)
+
     for reason in missing():
         print(f"left out: {reason}")
     with recording("peers") as record, tempfile.TemporaryDirectory() as folder:
@@ -66,12 +72,15 @@ def main() -> None:
                     continue
                 place = Path(folder) / f"{model}-{runtime}"
                 place.mkdir()
-                files = dict(written(graph, source, runtime, place))
-                accuracy = {
-                    name: measured(path, known, images, runtime)
-                    for name, path in files.items()
-                    if images is not None and known is not None
-                }
+                files: dict[str, Path] = {}
+                for name, path in written(graph, source, runtime, place):
+                    files[name] = path
+                    say(f"{model}, {runtime}: {name} is written")
+                accuracy: dict[str, Mapping[str, Any]] = {}
+                if images is not None and known is not None:
+                    for name, path in files.items():
+                        accuracy[name] = measured(path, known, images, runtime)
+                        say(f"{model}, {runtime}: {name} is evaluated")
                 for batch in map(int, arguments.batch.split(",")):
                     timed = time_files(
                         files,
@@ -81,7 +90,9 @@ def main() -> None:
                         rounds=arguments.rounds,
                         seed=0,
                     )
-                    walls = {n: found.wall_ms for n, found in timed.samples().items()}
+                    say(f"{model}, {runtime}: batch {batch} is timed")
+                    samples = timed.samples()
+                    walls = {n: found.wall_ms for n, found in samples.items()}
                     for name, path in files.items():
                         record(
                             model=model,
@@ -92,6 +103,7 @@ def main() -> None:
                             bytes=size_of(path),
                             median_ms=round(float(np.median(walls[name])), 3),
                             iqr_ms=round(interquartile_range(walls[name]), 3),
+                            cpu_ms=round(float(np.median(samples[name].cpu_ms)), 3),
                             speedup={
                                 other: round(speedup(walls[other], walls[name]), 3)
                                 for other in files

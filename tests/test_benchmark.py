@@ -2,7 +2,9 @@ import importlib
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,7 +102,7 @@ def test_figures_of_an_entry_by_hand():
         "ours": Samples(wall_ms=(4.0, 2.0, 3.0, 5.0), cpu_ms=(8.0, 4.0, 6.0, 7.0)),
         "float": Samples(wall_ms=(8.0, 6.0, 12.0, 5.0), cpu_ms=(1.0, 1.0, 1.0, 1.0)),
     }
-    references = {"float32": "float", "dynamic_int8": None}
+    references = {"float32": "float", "bfloat16": "ours", "dynamic_int8": None}
 
     found = figures("ours", samples, 7, references)
 
@@ -113,6 +115,7 @@ def test_figures_of_an_entry_by_hand():
         "wall_ms": (4.0, 2.0, 3.0, 5.0),
         "cpu_ms": (8.0, 4.0, 6.0, 7.0),
         "speedup_over_float32": 2.5,  # of 2, 3, 4 and 1
+        "speedup_over_bfloat16": 1.0,
         "speedup_over_dynamic_int8": None,
     }
 
@@ -128,7 +131,7 @@ def test_samples_follow_the_rounds_and_not_the_order_within_them():
 
 def test_products_are_told_apart_in_both_runtimes():
     fused = {"QGemm": 9, "MatMul": 4, "Conv": 1, "Add": 7}
-    compiled = {"FullyConnected i8": 9, "Convolution f32": 1, "Subgraph f32": 2, "Add i8": 3}
+    compiled = {"FullyConnected i8": 9, "Convolution bf16": 1, "Subgraph f32": 2, "Add i8": 3}
 
     assert (integer_ops(fused), float_products(fused)) == ({"QGemm": 9}, 5)
     assert (integer_ops(compiled), float_products(compiled)) == ({"FullyConnected i8": 9}, 1)
@@ -245,6 +248,40 @@ def test_crash_of_the_measuring_program_fails_the_benchmark_alone(made, monkeypa
         time_files({"a": made.float32}, (1, 3, 32, 32), threads=1, rounds=1, seed=0)
 
 
+@pytest.mark.parametrize("runtime", timing.RUNTIMES)
+def test_a_file_runs_in_bfloat16_or_is_left_out_with_the_reason(made, runtime):
+    files = {"plain": made.float32, "half": made.float32}
+    settings = {"threads": 1, "rounds": 2, "seed": 0, "bfloat16": ["half"]}
+    native = runtime == "openvino" and has_bfloat16()
+
+    found = time_files(files, (1, 3, 32, 32), runtime=runtime, **settings)
+
+    assert found.left_out.keys() == (set() if native else {"half"})
+    assert all("bfloat16" in reason for reason in found.left_out.values())
+    assert set(found.samples()) == set(found.ops) == files.keys() - found.left_out.keys()
+    if native:
+        kinds = {name: {op.split()[-1] for op in ops} for name, ops in found.ops.items()}
+        assert found.ops["half"]["FullyConnected bf16"] == LINEARS
+        assert "bf16" not in kinds["plain"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [(["FP32", "BF16"], ""), (["FP32"], "OpenVINO finds no bfloat16 units here")],
+)
+def test_openvino_asks_the_processor_for_bfloat16(monkeypatch, capabilities, reason):
+    core = SimpleNamespace(get_property=lambda *_: capabilities)
+    fake = SimpleNamespace(Core=lambda: core, __version__="2026.4-1")
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+
+    assert timing.RUNTIMES["openvino"]().without_bfloat16 == reason
+
+
+def has_bfloat16():
+    openvino = pytest.importorskip("openvino")
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 # Reports
 
 
@@ -254,6 +291,8 @@ def test_artefact_is_measured_beside_references_made_from_it(report, made):
     assert [(threads, batch) for threads, batch, _ in report.cases()] == [(1, 1), (1, 3)]
     assert report.float32 == f"float32 of {path}"
     assert report.dynamic_int8 == f"dynamic INT8 of {path}"
+    assert report.bfloat16 is None
+    assert report.no_bfloat16.startswith("onnxruntime's CPU provider has no faster run")
     for _, _, entries in report.cases():
         assert [(e.name, e.file, e.role) for e in entries] == [
             (f"{path} (ort-cpu)", path, "candidate"),
@@ -319,6 +358,7 @@ def test_without_references_there_are_no_ratios(made):
     (entry,) = report.entries
     assert (report.float32, report.dynamic_int8, entry.role) == (None, None, "candidate")
     assert entry.speedup_over_float32 is entry.speedup_over_dynamic_int8 is None
+    assert (report.bfloat16, report.no_bfloat16) == (None, "")  # none was wanted
 
 
 @pytest.mark.skipif(benchmarking.available_processors() < 2, reason="needs two processors")
@@ -368,6 +408,37 @@ def test_openvino_runs_the_same_files_and_tells_integer_kernels(made, tmp_path):
         assert symmetric.integer_ops == {"FullyConnected i8": 1}
         # Weights with zero points are stored in 8 bits and multiplied as floats.
         assert (shifted.integer_products, shifted.float_products) == (0, 1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_float32_network_is_a_reference_in_bfloat16_too(made, monkeypatch, native):
+    """Where the runtime and the processor have it, and where one of them does not."""
+    original = benchmarking.time_files
+    asked = []
+
+    def timed(files, shape, *, bfloat16, **settings):
+        asked.append(list(bfloat16))
+        left_out = {} if native else dict.fromkeys(bfloat16, "no bfloat16 here")
+        run = {name: path for name, path in files.items() if name not in left_out}
+        return replace(original(run, shape, **settings), left_out=left_out)
+
+    monkeypatch.setattr(benchmarking, "time_files", timed)
+
+    report = vitcompress.benchmark([made.float32], rounds=2, batches=(1, 2))
+
+    name = f"bfloat16 of {made.float32}"
+    roles = ["float32", "bfloat16", "dynamic_int8"] if native else ["float32", "dynamic_int8"]
+    for _, _, entries in report.cases():
+        assert [entry.role for entry in entries] == roles
+        assert all((e.speedup_over_bfloat16 is not None) == native for e in entries)
+    assert (report.bfloat16, report.no_bfloat16) == (
+        (name, "") if native else (None, "no bfloat16 here")
+    )
+    assert asked == ([[name]] * 2 if native else [[name], []])
+    if native:
+        float32, half = report.entries[:2]
+        assert (half.name, half.file, half.sha256) == (name, float32.file, float32.sha256)
+        assert float32.speedup_over_bfloat16 == speedup(half.wall_ms, float32.wall_ms)
 
 
 def save_integer_linear(path, zero_point):

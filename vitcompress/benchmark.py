@@ -1,4 +1,4 @@
-"""How fast are these files here, beside the float32 network and dynamic INT8?
+"""How fast are these files here, beside the float32 network, bfloat16 and dynamic INT8?
 
 All files of a case (threads, batch) run in one process of their own, in turns, so that what
 else the machine does meets all of them; see ``export/onnx/timing.py`` for a turn.
@@ -8,11 +8,11 @@ import importlib.util
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from vitcompress.export.onnx.contents import OnnxContents, read_contents
 from vitcompress.export.onnx.coverage import float_products, integer_ops
 from vitcompress.export.onnx.float_model import export_float_onnx, quantize_dynamically
 from vitcompress.export.onnx.stopwatch import Timing, time_files
-from vitcompress.speed import BenchmarkEntry, BenchmarkReport, figures
+from vitcompress.speed import BenchmarkEntry, BenchmarkReport, Role, figures
 
 __all__ = ["DEFAULT_ROUNDS", "RUNTIMES", "available_processors", "benchmark", "processor_name"]
 
@@ -38,7 +38,7 @@ class _Candidate:
 
     name: str
     file: str
-    role: Literal["candidate", "float32", "dynamic_int8"] = "candidate"
+    role: Role = "candidate"
     path: Path
     contents: OnnxContents
 
@@ -57,7 +57,9 @@ def benchmark(
 
     The files are forms of one network. The float32 reference is the first plain float32 file
     among them; without one it is the network of the first artefact, quantizers bypassed. The
-    dynamic INT8 reference is what onnxruntime's own quantizer makes of the float32 reference.
+    bfloat16 reference is the same file at that precision, in OpenVINO and where the processor
+    has it; else the report says why not. The dynamic INT8 reference is what onnxruntime's own
+    quantizer makes of the float32 reference.
 
     Args:
         paths: ``.onnx`` files of one float32 image input, and artefact directories, which are
@@ -67,8 +69,8 @@ def benchmark(
         threads: Threads within an operator; each number is a case.
         batches: Images in one inference; each number is a case with each of ``threads``.
         rounds: Turns of each file in each case.
-        references: Measure the float32 network and its dynamic INT8 form as well, and give
-            ratios to them.
+        references: Measure the float32 network, its bfloat16 run and its dynamic INT8 form as
+            well, and give ratios to them.
         seed: Draws the images (normal noise) and the order within each round.
 
     Raises:
@@ -86,12 +88,10 @@ def benchmark(
     with tempfile.TemporaryDirectory(prefix="vitcompress-benchmark-") as folder:
         candidates = _candidates(paths, Path(folder), references)
         _check_alike(candidates, batches)
-        named: dict[str, str | None] = {
-            role: next((c.name for c in candidates if c.role == role), None)
-            for role in ("float32", "dynamic_int8")
-        }
+        half = [c.name for c in candidates if c.role == "bfloat16"]
         cases = [(count, batch) for count in threads for batch in batches]
         entries: list[BenchmarkEntry] = []
+        left_out: dict[str, str] = {}
         for count, batch in tqdm(cases, desc="timing", disable=None, leave=False):
             timed = time_files(
                 {c.name: c.path for c in candidates},
@@ -100,8 +100,13 @@ def benchmark(
                 threads=count,
                 rounds=rounds,
                 seed=seed,
+                bfloat16=half,
             )
-            entries += _entries(candidates, timed, count, batch, named)
+            left_out |= timed.left_out
+            candidates = [c for c in candidates if c.name not in left_out]
+            half = [name for name in half if name not in left_out]
+            entries += _entries(candidates, timed, count, batch)
+    named = _references(candidates)
     return BenchmarkReport(
         vitcompress=_own_version(),
         processor=processor_name(),
@@ -109,6 +114,8 @@ def benchmark(
         system=f"{platform.system()} {platform.machine()}",
         seed=seed,
         float32=named["float32"],
+        bfloat16=named["bfloat16"],
+        no_bfloat16="; ".join(left_out.values()),
         dynamic_int8=named["dynamic_int8"],
         entries=tuple(entries),
     )
@@ -184,7 +191,7 @@ def _candidates(
     for index, given in enumerate(map(str, paths)):
         if given in read:
             is_reference = references and given == plain
-            role: Literal["candidate", "float32"] = "float32" if is_reference else "candidate"
+            role: Role = "float32" if is_reference else "candidate"
             found.append(
                 _Candidate(
                     name=given, file=given, role=role, path=Path(given), contents=read[given]
@@ -202,6 +209,8 @@ def _candidates(
         found.append(_made(f"float32 of {origin}", origin, "float32", path))
     reference = next((c for c in found if c.role == "float32"), None)
     if reference is not None:
+        name = f"bfloat16 of {reference.file}"
+        found.append(replace(reference, name=name, role="bfloat16"))
         path = folder / "dynamic_int8.onnx"
         quantize_dynamically(reference.path, path)
         found.append(
@@ -210,9 +219,7 @@ def _candidates(
     return found
 
 
-def _made(
-    name: str, origin: str, role: Literal["candidate", "float32", "dynamic_int8"], path: Path
-) -> _Candidate:
+def _made(name: str, origin: str, role: Role, path: Path) -> _Candidate:
     return _Candidate(
         name=name, file=origin, role=role, path=path, contents=read_contents(path)
     )
@@ -243,14 +250,19 @@ def _check_alike(candidates: Sequence[_Candidate], batches: Sequence[int]) -> No
 # The report
 
 
+def _references(candidates: Sequence[_Candidate]) -> dict[str, str | None]:
+    """Return the name of each reference, or ``None``, by its role."""
+    return {
+        role: next((c.name for c in candidates if c.role == role), None)
+        for role in get_args(Role)
+        if role != "candidate"
+    }
+
+
 def _entries(
-    candidates: Sequence[_Candidate],
-    timed: Timing,
-    threads: int,
-    batch: int,
-    references: Mapping[str, str | None],
+    candidates: Sequence[_Candidate], timed: Timing, threads: int, batch: int
 ) -> list[BenchmarkEntry]:
-    samples = timed.samples()
+    samples, references = timed.samples(), _references(candidates)
     entries = []
     for one in candidates:
         ops = timed.ops[one.name]

@@ -12,6 +12,7 @@ from vitcompress.errors import InputError
 __all__ = [
     "BenchmarkEntry",
     "BenchmarkReport",
+    "Role",
     "Samples",
     "figures",
     "interquartile_range",
@@ -19,6 +20,9 @@ __all__ = [
 ]
 
 SCHEMA = 1
+
+#: What a file is measured as: on its own account, or as a reference.
+Role = Literal["candidate", "float32", "bfloat16", "dynamic_int8"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class BenchmarkEntry(_Entry):
         median_cpu_ms: Processor time of one inference, over all threads.
         images_per_second: From the median.
         speedup_over_float32: Paired by round; ``None`` without that reference.
+        speedup_over_bfloat16: The same.
         speedup_over_dynamic_int8: The same.
         integer_ops: Integer products in the graph that the runtime optimised, by type.
         integer_products: Their number.
@@ -85,7 +90,7 @@ class BenchmarkEntry(_Entry):
 
     name: str
     file: str
-    role: Literal["candidate", "float32", "dynamic_int8"]
+    role: Role
     execution: Literal["executed"] = "executed"
     runtime: str
     versions: dict[str, str]
@@ -99,6 +104,7 @@ class BenchmarkEntry(_Entry):
     median_cpu_ms: float
     images_per_second: float
     speedup_over_float32: float | None = None
+    speedup_over_bfloat16: float | None = None
     speedup_over_dynamic_int8: float | None = None
     integer_ops: dict[str, int]
     integer_products: int
@@ -118,6 +124,9 @@ class BenchmarkReport(_Entry):
         system: Operating system and architecture.
         seed: Draws the images and the order within each round.
         float32: Name of the float32 reference, if there is one.
+        bfloat16: Name of the bfloat16 reference, if there is one: the file of the float32 one,
+            run at that precision.
+        no_bfloat16: Why there is none, if one was wanted.
         dynamic_int8: Name of the dynamic INT8 reference, if there is one.
         entries: Case by case, in the order in which the files were named; references last.
     """
@@ -129,6 +138,8 @@ class BenchmarkReport(_Entry):
     system: str
     seed: int
     float32: str | None
+    bfloat16: str | None = None
+    no_bfloat16: str = ""
     dynamic_int8: str | None
     entries: tuple[BenchmarkEntry, ...]
 

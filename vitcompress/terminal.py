@@ -212,12 +212,21 @@ def print_benchmark(console: Console, report: BenchmarkReport) -> None:
         table.add_column("file", overflow="fold")
         for column in ("MB", "wall ms", "IQR", "CPU ms", "images/s"):
             table.add_column(column, justify="right", no_wrap=True)
-        for kind, found in (("float32", report.float32), ("dyn. INT8", report.dynamic_int8)):
+        references = (
+            ("float32", report.float32),
+            ("bf16", report.bfloat16),
+            ("dyn. INT8", report.dynamic_int8),
+        )
+        for kind, found in references:
             if found is not None:
                 table.add_column(f"x {kind}", justify="right", no_wrap=True)
         table.add_column("integer products", justify="right")
         for entry in entries:
-            ratios = (entry.speedup_over_float32, entry.speedup_over_dynamic_int8)
+            ratios = (
+                entry.speedup_over_float32,
+                entry.speedup_over_bfloat16,
+                entry.speedup_over_dynamic_int8,
+            )
             table.add_row(
                 escape(entry.name),
                 f"{entry.size_bytes / 1e6:.2f}",
@@ -231,6 +240,8 @@ def print_benchmark(console: Console, report: BenchmarkReport) -> None:
         console.print(table)
     if report.float32 is None:
         console.print("[yellow]no ratios: no float32 reference was measured[/yellow]")
+    if report.no_bfloat16:
+        console.print(f"no bfloat16 row: {report.no_bfloat16}", soft_wrap=True)
     first = report.entries[0]
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     console.print(

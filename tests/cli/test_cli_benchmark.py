@@ -50,6 +50,7 @@ def test_table_and_json_tell_the_same(vitcompress, save, tmp_path):
         "1 thread, batch 2, onnxruntime",
         "x float32",
         "x dyn. INT8",
+        "no bfloat16 row: onnxruntime's CPU provider has no faster run in bfloat16 or float16",
         "dynamic INT8 of a.onnx",
         "0 of 1",
         "1 of 1",
@@ -69,6 +70,21 @@ def test_without_references_there_is_a_line_in_place_of_ratios(vitcompress, save
     assert found.code == 0
     assert "x float32" not in found.out
     assert "no ratios: no float32 reference was measured" in found.out
+    assert "bfloat16" not in found.out
+
+
+def test_openvino_has_a_row_in_bfloat16_or_the_reason(vitcompress, save, tmp_path):
+    pytest.importorskip("openvino")
+    arguments = ("--runtime", "openvino", "--repeats", 2, "--json", "speed.json")
+
+    found = vitcompress("benchmark", save("a.onnx"), *arguments)
+
+    assert (found.code, found.err) == (0, "")
+    report = BenchmarkReport.from_json((tmp_path / "speed.json").read_text())
+    shown = ("bfloat16 of", "x bf16") if report.bfloat16 else ("no bfloat16 row: ",)
+    assert bool(report.bfloat16) == (not report.no_bfloat16)
+    assert all(words in found.out for words in shown)
+    assert ("bfloat16" in {entry.role for entry in report.entries}) == bool(report.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from drawn import Drawing
 from finished import quantized
+from frozen import bytes_of, stored_weight
 from onnx import TensorProto, numpy_helper
 from onnx_files import (
     LINEARS,
@@ -23,6 +25,8 @@ from zoo import zoo_graph, zoo_images
 
 import vitcompress
 from vitcompress.evaluate import onnx_predictor
+from vitcompress.export.onnx import TARGETS as ALL_TARGETS
+from vitcompress.export.onnx import export_onnx
 from vitcompress.export.onnx.exporter import METADATA_KEY
 from vitcompress.numerics.nonuniform import parity_table
 from vitcompress.quantizers import Affine, Codebook
@@ -265,6 +269,25 @@ def test_bias_of_integer_products_is_the_models_in_float(export):
         bias = graph.named(linear).input[6]
         assert (graph.constant(bias) == stored(bias).numpy()).all()
         assert graph.initializers[bias].data_type == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("target", ALL_TARGETS)
+def test_a_weight_of_two_linears_is_stored_once(tmp_path, target):
+    draw = Drawing(1, 5, 6)
+    weight = stored_weight(draw, 6, 6)
+    value = draw(torch.ops.aten.select.int, draw.images, 1, 0)
+    for site in ("first", "second"):
+        value = draw(torch.ops.aten.sigmoid.default, value)
+        value = bytes_of(draw, value, site, symmetric=True)
+        value = draw(torch.ops.aten.linear.default, value, weight)
+    captured = draw.captured(value)
+
+    result = export_onnx(captured, tmp_path / "m.onnx", captured.example(3), target=target)
+
+    _, graph = load_file(tmp_path / "m.onnx")
+    assert [name for name in graph.initializers if "codes" in name] == ["stored_0.codes"]
+    assert result.size.packed_bytes == 6 * 6
+    assert result.verification.linears == 2
 
 
 MIXED = {

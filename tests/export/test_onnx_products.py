@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from drawn import Drawing
@@ -16,16 +17,17 @@ from tiny import images, make_source, ranged
 from zoo import zoo_graph, zoo_images
 
 from vitcompress.export.onnx import export_onnx
+from vitcompress.numerics.metrics import cosine
 from vitcompress.quantizers import PerHead
 
 aten = torch.ops.aten
 PRODUCT = "MatMulIntegerToFloat"
 
 
-@pytest.fixture(scope="module", params=["timm_vit", "hf_vit"])
-def file(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
     """Return a model with quantized attention, its file and the result."""
-    name = request.param
+    name = "timm_vit"
     source = make_source(zoo_images(name, 8))
     model = quantized(zoo_graph(name), source, scheme="W8A8", recipe="integer_attention")
     path = tmp_path_factory.mktemp("products") / "m.onnx"
@@ -115,134 +117,155 @@ def test_an_operand_without_one_scale_keeps_a_product_in_float(vit_graph, source
     assert result.verification.in_step_cosine > 0.9999
 
 
-# Drawn products
+# Drawn products, all in one file: each would be traced and run for a second or two
 
 
-@pytest.fixture
-def draw():
-    return Drawing(1, 5, 6)
+class Products:
+    """Products of a left and a right operand, each with a name of its own.
+
+    Attributes:
+        outputs: What the file yields.
+        graph: The file, once it is written; also ``path``, ``captured`` and ``result``.
+    """
+
+    def __init__(self):
+        self.draw = Drawing(1, 5, 6)
+        self.tokens = self.draw(aten.select.int, self.draw.images, 1, 0)
+        self.flipped = self.draw(
+            aten.transpose.int, self.draw(aten.sigmoid.default, self.tokens), 1, 2
+        )
+        self.outputs = []
+
+    def scores(self, name, **spec):
+        """Return a product of operands of one format."""
+        low, high, format_ = torch.tensor(-1.0), torch.tensor(3.0), {"bits": 8, **spec}
+        operands = ((self.tokens, f"{name}_l"), (self.flipped, f"{name}_r"))
+        codes = [
+            self.draw.quantized(value, ranged(low, high, **format_), site)
+            for value, site in operands
+        ]
+        return self.draw(aten.matmul.default, *codes)
+
+    def write(self, path):
+        self.path, self.captured = path, self.draw.captured(*self.outputs)
+        self.result = export_onnx(self.captured, path, noise(4, 1, 5, 6, seed=9))
+        onnx.checker.check_model(str(path), full_check=True)
+        self.graph = load_file(path)[1]
+
+    def reading(self, site):
+        """Return the operators that read a value of a quantizer, whatever its sign."""
+        codes = {node.output[0] for node in self.graph.nodes if node.name.startswith(site)}
+        return [node for node in self.graph.nodes if codes & set(node.input)]
+
+    def behind(self, site):
+        """Return the operators that read the product of an operand."""
+        (product,) = [n for n in self.reading(site) if n.op_type == PRODUCT]
+        return [n for n in self.graph.nodes if product.output[0] in n.input]
 
 
-def written(draw, path, *outputs):
-    captured = draw.captured(*outputs)
-    result = export_onnx(captured, path, noise(4, 1, 5, 6, seed=9))
-    onnx.checker.check_model(str(path), full_check=True)
-    assert result.verification.code_mismatch < 1e-3
-    assert result.verification.in_step_cosine > 0.9999
-    return load_file(path)[1]
+WIDTHS = [
+    (f"{'s' if symmetric else 'u'}{bits}", bits, symmetric)
+    for bits in (4, 8)
+    for symmetric in (False, True)
+]
 
 
-def tokens(draw):
-    return draw(aten.select.int, draw.images, 1, 0)
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    found = Products()
+    draw, keep = found.draw, found.outputs.append
+    for name, bits, symmetric in WIDTHS:
+        keep(found.scores(name, bits=bits, symmetric=symmetric))
+    keep(draw(aten.mul.Tensor, found.scores("quarter"), 0.25))
+    keep(draw(aten.mul.Tensor, found.scores("minus"), -3.0))
+    keep(draw(aten.mul.Tensor, found.scores("table"), draw.stored(5, 5)))
+    twice = found.scores("twice")
+    keep(draw(aten.mul.Tensor, twice, 0.25))
+    keep(draw(aten.sigmoid.default, twice))
+    keep(out := found.scores("out"))
+    keep(draw(aten.mul.Tensor, out, 0.25))
+    # One value as both operands, and as operand, as input of a linear and in float.
+    probs = bytes_of(draw, draw(aten.softmax.int, found.scores("probs"), -1), "both")
+    keep(draw(aten.matmul.default, probs, probs))
+    value = bytes_of(draw, found.tokens, "value")
+    left = bytes_of(draw, draw(aten.sigmoid.default, found.flipped), "left")
+    keep(draw(aten.matmul.default, left, value))
+    keep(draw(aten.linear.default, value, stored_weight(draw, 6, 6)))
+    keep(draw(aten.gelu.default, value))
+    # Scales by heads.
+    heads = draw(aten.reshape.default, found.tokens, [-1, 5, 2, 3])
+    heads = draw(aten.permute.default, heads, [0, 2, 1, 3])
+    by_heads = ranged(
+        torch.tensor([-2.0, -3.0]), torch.tensor([2.0, 3.0]), bits=8, granularity=PerHead(1)
+    )
+    keys = bytes_of(draw, draw(aten.transpose.int, heads, 2, 3), "heads_r")
+    keep(draw(aten.matmul.default, draw.quantized(heads, by_heads, "heads_l"), keys))
+    found.write(tmp_path_factory.mktemp("drawn") / "m.onnx")
+    return found
 
 
-def transposed(draw, x):
-    return draw(aten.transpose.int, x, 1, 2)
-
-
-def test_a_value_may_be_both_operands_of_one_product(draw, tmp_path):
-    """Its codes are needed with and without a sign, under two names."""
-    x = tokens(draw)
-    probs = draw(aten.softmax.int, draw(aten.matmul.default, x, transposed(draw, x)), -1)
-    codes = bytes_of(draw, probs, "probs")
-
-    graph = written(draw, tmp_path / "m.onnx", draw(aten.matmul.default, codes, codes))
-
-    (product,) = graph.of_type(PRODUCT)
-    left, right = (graph.made_by[name] for name in product.input[:2])
-    assert {left.name, right.name} == {"probs", "probs:right"}
-
-
-def test_a_right_operand_may_be_read_by_a_linear_and_in_float_too(draw, tmp_path):
-    codes = bytes_of(draw, tokens(draw), "value")
-    scores = bytes_of(draw, draw(aten.sigmoid.default, transposed(draw, codes)), "scores")
-    product = draw(aten.matmul.default, scores, codes)
-    linear = draw(aten.linear.default, codes, stored_weight(draw, 6, 6))
-
-    graph = written(draw, tmp_path / "m.onnx", product, linear, draw(aten.gelu.default, codes))
-
-    assert len(graph.of_type(PRODUCT)) == 2
-    assert len(graph.of_type("DequantizeLinear")) == 1
-    names = [node.name for node in graph.nodes]
+def test_drawn_products_compute_what_the_graph_does(drawn):
+    assert drawn.result.verification.code_mismatch < 1e-3
+    assert drawn.result.verification.in_step_cosine > 0.9999
+    names = [node.name for node in drawn.graph.nodes]
     assert len(names) == len(set(names))
 
 
-def scaled(draw, by, others=()):
-    q, k = (bytes_of(draw, value, site) for value, site in operands(draw))
-    scores = draw(aten.matmul.default, q, k)
-    return draw(aten.mul.Tensor, scores, by), *(draw(target, scores) for target in others)
+@torch.no_grad()
+def test_every_output_of_drawn_products_is_the_graphs(drawn):
+    """On its own; the verification compares them in step."""
+    x, providers = noise(3, 1, 5, 6, seed=4), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(drawn.path), providers=providers)
+
+    found = session.run(None, {"images": x.numpy()})
+
+    for value, expected in zip(found, drawn.captured.module(x), strict=True):
+        assert cosine(torch.from_numpy(value), expected) > 0.999
 
 
-def operands(draw):
-    x = tokens(draw)
-    return (x, "left"), (transposed(draw, draw(aten.sigmoid.default, x)), "right")
+@pytest.mark.parametrize(("name", "bits", "symmetric"), WIDTHS)
+def test_narrow_and_symmetric_codes_keep_their_zero(drawn, name, bits, symmetric):
+    (product,) = drawn.reading(f"{name}_l")
 
-
-@pytest.mark.parametrize("factor", [0.25, -3.0])
-def test_a_number_behind_a_product_is_part_of_its_scale(draw, tmp_path, factor):
-    (outcome,) = scaled(draw, factor)
-
-    graph = written(draw, tmp_path / "m.onnx", outcome)
-
-    (product,) = graph.of_type(PRODUCT)
-    left = graph.made_by[product.input[0]].input[1]
-    assert graph.of_type("Mul") == []
-    assert graph.constant(product.input[2]) == np.float32(factor) * graph.constant(left)
-
-
-def test_a_number_behind_one_of_two_readers_stays(draw, tmp_path):
-    graph = written(draw, tmp_path / "m.onnx", *scaled(draw, 0.25, [aten.sigmoid.default]))
-
-    assert len(graph.of_type("Mul")) == 1
-
-
-def test_a_product_that_is_an_output_stays_as_it_is(draw, tmp_path):
-    q, k = (bytes_of(draw, value, site) for value, site in operands(draw))
-    scores = draw(aten.matmul.default, q, k)
-
-    graph = written(draw, tmp_path / "m.onnx", scores, draw(aten.mul.Tensor, scores, 0.25))
-
-    assert len(graph.of_type(PRODUCT)) == 1
-    assert len(graph.of_type("Mul")) == 1
-
-
-def test_a_table_behind_a_product_stays(draw, tmp_path):
-    (outcome,) = scaled(draw, draw.stored(5, 5))
-
-    graph = written(draw, tmp_path / "m.onnx", outcome)
-
-    assert len(graph.of_type("Mul")) == 1
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_narrow_and_symmetric_codes_keep_their_zero(draw, tmp_path, bits, symmetric):
-    q, k = (
-        draw.quantized(
-            value,
-            ranged(torch.tensor(-1.0), torch.tensor(3.0), bits=bits, symmetric=symmetric),
-            site,
-        )
-        for value, site in operands(draw)
-    )
-
-    graph = written(draw, tmp_path / "m.onnx", draw(aten.matmul.default, q, k))
-
-    (product,) = graph.of_type(PRODUCT)
     zero = 2 ** (bits - 1) if symmetric else round((2**bits - 1) / 4)
-    assert int(graph.constant(product.input[4])) == zero
-    assert int(graph.constant(product.input[5])) == zero - 128
+    assert int(drawn.graph.constant(product.input[4])) == zero
+    assert int(drawn.graph.constant(product.input[5])) == zero - 128
 
 
-def test_scales_by_heads_are_no_one_scale(draw, tmp_path):
-    heads = draw(aten.reshape.default, tokens(draw), [-1, 5, 2, 3])
-    heads = draw(aten.permute.default, heads, [0, 2, 1, 3])
-    quantizer = ranged(
-        torch.tensor([-2.0, -3.0]), torch.tensor([2.0, 3.0]), bits=8, granularity=PerHead(1)
-    )
-    left = draw.quantized(heads, quantizer, "left")
-    right = bytes_of(draw, draw(aten.transpose.int, heads, 2, 3), "right")
+@pytest.mark.parametrize(("name", "factor"), [("quarter", 0.25), ("minus", -3.0)])
+def test_a_number_behind_a_product_is_part_of_its_scale(drawn, name, factor):
+    (product,) = drawn.reading(f"{name}_l")
 
-    graph = written(draw, tmp_path / "m.onnx", draw(aten.matmul.default, left, right))
+    own = drawn.graph.named(f"{name}_l").input[1]
+    expected = np.float32(factor) * drawn.graph.constant(own)
+    assert drawn.graph.constant(product.input[2]) == expected
+    assert drawn.behind(f"{name}_l") == []
 
-    assert (len(graph.of_type(PRODUCT)), len(graph.of_type("MatMul"))) == (0, 1)
+
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [("table", ["Mul"]), ("twice", ["Mul", "Sigmoid"]), ("out", ["Mul"])],
+)
+def test_what_else_is_behind_a_product_stays(drawn, name, readers):
+    """A table; a number for one of two readers, and for a product that is an output."""
+    assert sorted(node.op_type for node in drawn.behind(f"{name}_l")) == readers
+
+
+def test_a_value_may_be_both_operands_of_one_product(drawn):
+    """Its codes are needed with and without a sign, under two names."""
+    (product,) = drawn.reading("both")
+
+    left, right = (drawn.graph.made_by[name] for name in product.input[:2])
+    assert {left.name, right.name} == {"both", "both:right"}
+
+
+def test_a_right_operand_may_be_read_by_a_linear_and_in_float_too(drawn):
+    found = sorted(node.op_type for node in drawn.reading("value"))
+
+    assert found == ["DequantizeLinear", PRODUCT, PRODUCT]
+
+
+def test_scales_by_heads_are_no_one_scale(drawn):
+    assert len(drawn.graph.of_type("MatMul")) == 1
+    point = drawn.graph.named("heads_r").input[2]
+    assert drawn.graph.initializers[point].data_type == TensorProto.UINT8

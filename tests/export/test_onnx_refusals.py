@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from drawn import Drawing
 from finished import quantized
 from onnx import TensorProto, helper, numpy_helper
 from tiny import images
@@ -21,6 +22,7 @@ from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ConfigError, ExportError
 from vitcompress.export.onnx import TARGETS, exporter, verify
 from vitcompress.export.onnx.activations import StoredCodes
+from vitcompress.export.onnx.float_model import export_float_onnx
 from vitcompress.export.onnx.verify import verify as verify_file
 
 
@@ -211,7 +213,7 @@ def stepped(models):
 
 def compare(stepped, logits, codes):
     path = Path("m.onnx")
-    return verify._compare_in_step(path, stepped.graph, stepped.images, logits, codes)
+    return verify._compare_in_step(path, stepped.graph, stepped.images, [logits], codes)
 
 
 def test_the_same_codes_agree(stepped):
@@ -258,6 +260,34 @@ def test_right_codes_with_wrong_outputs_fail(stepped):
 
     with pytest.raises(ExportError, match="outputs differ from the model's at batch 4"):
         compare(stepped, logits.roll(1, dims=1), codes)
+
+
+@pytest.fixture(scope="module")
+def two_outputs(tmp_path_factory):
+    """Return a graph of two outputs, and its file."""
+    draw = Drawing(3, 8, 8)
+    first = draw(torch.ops.aten.gelu.default, draw.images)
+    captured = draw.captured(first, draw(torch.ops.aten.sigmoid.default, first))
+    path = tmp_path_factory.mktemp("outputs") / "m.onnx"
+    export_float_onnx(captured, path)
+    return captured, path
+
+
+@pytest.mark.parametrize("runtime", verify.PROGRAMS)
+def test_each_output_is_compared(two_outputs, tmp_path, runtime):
+    if runtime == "OpenVINO":
+        pytest.importorskip("openvino")
+    captured, path = two_outputs
+    settings = {"codes": {}, "linears": [], "reasons": {}, "runtime": runtime}
+    x = images(3, 8)
+    proto = onnx.load(path)
+    (sigmoid,) = [node for node in proto.graph.node if node.op_type == "Sigmoid"]
+    sigmoid.op_type = "Softplus"
+    onnx.save(proto, tmp_path / "m.onnx")
+
+    assert verify_file(path, captured, x, **settings).in_step_cosine > 1.0 - 1e-9
+    with pytest.raises(ExportError, match=r"m\.onnx: output 'y1' differs from the model's"):
+        verify_file(tmp_path / "m.onnx", captured, x, **settings)
 
 
 def onnx_file(path, *nodes, shape=("batch", 10)):

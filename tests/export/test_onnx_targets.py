@@ -8,13 +8,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 from finished import quantized
+from frozen import frozen
 from onnx import TensorProto
 from onnx_files import load_file
-from tiny import images
+from tiny import images, tiny_vit
 
 from vitcompress.errors import ConfigError, ExportError
+from vitcompress.export.onnx import export_onnx
 from vitcompress.export.onnx.structure import violations
 from vitcompress.export.onnx.targets import TARGETS
+from vitcompress.graph import capture
 from vitcompress.report import ExportEntry
 
 openvino = pytest.mark.skipif(
@@ -59,6 +62,26 @@ def test_tensorrt_file_is_int8_throughout_and_said_to_be_unexecuted(symmetric, t
     assert result.verification.cosine > 0.999
 
 
+def test_zero_points_of_activations_are_kept_where_those_of_weights_are_not_taken(
+    models, tmp_path
+):
+    model = models("deploy_symmetric_weights", "W8A8")
+
+    result = model.export_onnx(
+        tmp_path / "m.onnx", target="openvino", images=images(16, seed=3)
+    )
+
+    _, graph = load_file(tmp_path / "m.onnx")
+    points = [graph.constant(node.input[2]) for node in graph.of_type("QuantizeLinear")]
+    assert {point.dtype for point in points} == {np.dtype(np.uint8)}
+    # Around 0 they would be 128.
+    assert sum(int(point) != 128 for point in points) > len(points) // 2
+    for node in graph.of_type("DequantizeLinear"):
+        if node.input[0] in graph.initializers:
+            assert len(node.input) == 2
+    assert result.verification.in_step_cosine > 1.0 - 1e-9
+
+
 def test_generic_file_is_said_to_be_unexecuted(symmetric, tmp_path):
     result = symmetric.export_onnx(
         tmp_path / "m.onnx", target="generic", images=images(4, seed=3)
@@ -85,8 +108,15 @@ def test_without_openvino_its_file_is_checked_in_onnxruntime(symmetric, tmp_path
 
 
 @openvino
-def test_openvino_runs_every_linear_as_integers(symmetric, tmp_path):
-    result = symmetric.export_onnx(
+@pytest.mark.parametrize(
+    ("recipe", "scheme"),
+    [
+        ("deploy_symmetric", "W8A8"),
+        *(("deploy_symmetric_weights", scheme) for scheme in ("W8A8", "W4A8", "W2A8")),
+    ],
+)
+def test_openvino_runs_every_linear_as_integers(models, tmp_path, recipe, scheme):
+    result = models(recipe, scheme).export_onnx(
         tmp_path / "m.onnx", target="openvino", ir=True, images=images(4, seed=3)
     )
 
@@ -98,21 +128,21 @@ def test_openvino_runs_every_linear_as_integers(symmetric, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "site"),
+    ("target", "site", "cure"),
     [
-        ("openvino", r"blocks\.0\.attn\.qkv:weight: codes less their zero point"),
-        ("tensorrt", r"patch_embed:input: codes less their zero point"),
+        ("openvino", r"blocks\.0\.attn\.qkv:weight", "deploy_symmetric_weights"),
+        ("tensorrt", r"patch_embed:input", "deploy_symmetric"),
     ],
 )
 def test_zero_points_that_int8_cannot_take_are_refused_with_the_cure(
-    export, models, tmp_path, target, site
+    models, tmp_path, target, site, cure
 ):
     model = models("deploy", "W8A8")
 
-    with pytest.raises(ExportError, match=site) as refused:
+    with pytest.raises(ExportError, match=f"{site}: codes less their zero point") as refused:
         model.export_onnx(tmp_path / "m.onnx", target=target)
 
-    assert str(refused.value).endswith("quantize again with --recipe deploy_symmetric")
+    assert str(refused.value).endswith(f"; quantize again with --recipe {cure}")
     assert not list(tmp_path.iterdir())
 
 
@@ -147,6 +177,34 @@ def test_a_file_is_its_packed_weights_and_the_leftovers(symmetric, tmp_path, tar
     parts = result.size.packed_bytes + result.size.parameter_bytes + result.size.leftover_bytes
     assert parts <= stored
     assert "pos_embed" in result.size.largest_leftovers
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Return a graph whose weights outweigh the structure of its file, as in real networks."""
+    return capture(tiny_vit(dim=384, depth=1, heads=4), images(2), model_id="wide")
+
+
+@pytest.mark.parametrize(
+    ("bits", "container"),
+    [(4, 4), (3, 4), (2, 2)],  # ONNX has no type of 3 bits: the bar is that of its container
+)
+def test_a_file_is_within_three_percent_of_its_packed_weights(wide, tmp_path, bits, container):
+    attention = {"roles": ["query", "key", "value", "probs"], "skip": True}
+    weights = {"roles": ["weight"], "granularity": "per_channel", "bits": bits}
+    graph = frozen(wide, attention, weights)
+
+    result = export_onnx(graph, tmp_path / "m.onnx", images(4))
+
+    stored = [q for q in graph.quantizers().values() if q.frozen]
+    codes = [t for t in graph.tensors().values() if not t.is_floating_point()]
+    packed = sum(t.numel() for t in codes) * container / 8
+    scales = sum(4 * q.scale.numel() + q.zero_point.numel() for q in stored)
+    floats = sum(4 * t.numel() for t in graph.tensors().values() if t.is_floating_point())
+    assert [q.spec.bits for q in stored] == [bits] * len(codes)
+    assert result.size.leftover_bytes <= 1.01 * floats
+    bar = 1.03 * (packed + scales + result.size.leftover_bytes)
+    assert packed < (tmp_path / "m.onnx").stat().st_size == result.size_bytes <= bar
 
 
 @pytest.mark.parametrize(("storage", "bytes_each"), [("float16", 2), ("int8", 1)])

@@ -32,7 +32,6 @@ def patched(before):
         ("timm_vit", 1),
         ("timm_pvt", 2),  # the stem overlaps; both reductions of keys do not
         ("timm_convnext", 4),  # the stem and three reductions
-        ("timm_levit", 0),
     ],
 )
 def test_networks_have_as_many_separate_patches(name, count):

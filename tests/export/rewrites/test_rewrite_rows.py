@@ -36,8 +36,6 @@ def narrowed(before):
         ("timm_beit", 0, None),
         ("hf_vit", 4, 1),
         ("timm_swin", 0, None),
-        ("hf_swin", 0, None),
-        ("timm_pvt", 0, None),
     ],
 )
 def test_the_last_block_computes_what_the_head_reads(name, count, rows):

@@ -78,6 +78,28 @@ def test_a_rewrite_that_makes_outputs_nan_is_a_defect(finished, monkeypatch):
         rewritten(finished)
 
 
+def crash(graph):
+    raise KeyError("head.bias")
+
+
+def dangle(graph):
+    """Leave a reader of a node that is gone, which only the recompilation finds."""
+    graph.graph.find_nodes(op="placeholder")[0].next.target = "absent"
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"), [(crash, r"KeyError\('head.bias'\)"), (dangle, "absent")]
+)
+def test_a_rewrite_that_fails_is_a_defect_and_is_named(finished, monkeypatch, defect, words):
+    monkeypatch.setitem(REWRITES, "keep_needed_rows", defect)
+
+    with pytest.raises(
+        ExportError, match=rf"timm_vit: rewrite keep_needed_rows fails on the graph: .*{words}"
+    ):
+        rewritten(finished)
+
+
 def test_differences_of_rounding_are_none(finished, monkeypatch):
     monkeypatch.setitem(REWRITES, "keep_needed_rows", wrong_by(1e-6))
 

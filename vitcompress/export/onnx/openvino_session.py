@@ -46,7 +46,8 @@ def main(
     for batch in batches:
         stepping = _compiled(core, ir_file or model, images[:batch], kept)
         found = stepping(images[:batch])
-        values = [found[output], *(found[stepping.output(name)] for name in kept)]
+        values = [found[index] for index in range(len(named))]
+        values += [found[stepping.output(name)] for name in kept]
         arrays.update({f"batch_{batch}_{i}": value for i, value in enumerate(values)})
     np.savez(results_file, all=np.concatenate(everything), **arrays)
     nodes, ops = [], Counter[str]()

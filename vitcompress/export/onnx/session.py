@@ -47,7 +47,7 @@ def main(model: str, images_file: str, results_file: str, names_file: str) -> No
     arrays = {
         f"batch_{batch}_{index}": value
         for batch in batches
-        for index, value in enumerate(stepping.run([output, *kept], {feed: images[:batch]}))
+        for index, value in enumerate(stepping.run([*names, *kept], {feed: images[:batch]}))
     }
     np.savez(results_file, all=np.concatenate(everything), **arrays)
     facts = {

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class Timing:
         ops: Operators in the optimised graph of each file, by type; those of OpenVINO by type
             and precision of the kernel.
         rounds: Of each round the turns in order: name, wall and CPU milliseconds.
+        left_out: Files that were not run at the precision asked for, with the reason.
     """
 
     runtime: str
     versions: dict[str, str]
     ops: dict[str, dict[str, int]]
     rounds: list[list[tuple[str, float, float]]]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def samples(self) -> dict[str, Samples]:
         """Return the values of each file in the order of the rounds."""
@@ -53,6 +55,7 @@ def time_files(
     threads: int,
     rounds: int,
     seed: int,
+    bfloat16: Collection[str] = (),
 ) -> Timing:
     """Return the times of files that take turns in one process of their own.
 
@@ -63,6 +66,8 @@ def time_files(
         threads: Threads within an operator.
         rounds: Turns of each file.
         seed: Draws images and order.
+        bfloat16: Names of files to run at that precision; left out where the runtime has none,
+            or the processor.
 
     Raises:
         ExportError: A file does not run.
@@ -70,6 +75,7 @@ def time_files(
     job = {
         "runtime": runtime,
         "files": {name: str(path) for name, path in files.items()},
+        "bfloat16": list(bfloat16),
         "shape": list(shape),
         "threads": threads,
         "rounds": rounds,
@@ -92,4 +98,6 @@ def time_files(
     if "failed" in found:
         raise ExportError(f"{found['failed']}: {runtime} cannot run it: {found['reason']}")
     rounds_found = [[(str(n), w, c) for n, w, c in turns] for turns in found["rounds"]]
-    return Timing(found["runtime"], found["versions"], found["ops"], rounds_found)
+    return Timing(
+        found["runtime"], found["versions"], found["ops"], rounds_found, found["left_out"]
+    )

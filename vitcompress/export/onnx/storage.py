@@ -29,13 +29,12 @@ class Weights:
     Attributes:
         writer: Of the model.
         target: How to spell.
-        packed_bytes: Of the codes in their containers.
     """
 
     writer: Writer
     target: Target
-    packed_bytes: int = 0
     _values: dict[tuple[ir.Value, bool], ir.Value] = field(default_factory=dict)
+    _integers: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def lower(self, node: ir.Node) -> None:
         """Replace a marker that readers without a spelling of their own have left."""
@@ -60,10 +59,12 @@ class Weights:
         node = marked.producer()
         assert node is not None
         name, quantizer, codes, points = self._stored(node)
-        weight = self._codes(name, codes.numpy().T, quantizer)
-        if weight.dtype != ir.DataType.INT8:
-            weight = self._cast(node, weight, ir.DataType.INT8)
-        return weight, quantizer.scale.numpy(), points.astype(np.int8)
+        if marked not in self._integers:
+            weight = self._codes(name, codes.numpy().T, quantizer)
+            if weight.dtype != ir.DataType.INT8:
+                weight = self._cast(node, weight, ir.DataType.INT8)
+            self._integers[marked] = weight
+        return self._integers[marked], quantizer.scale.numpy(), points.astype(np.int8)
 
     def folded(self, before: ir.Node, marked: ir.Value) -> ir.Value:
         """Return the float weight, ``[I, O]``, by plain arithmetic, which runtimes fold.
@@ -125,10 +126,7 @@ class Weights:
 
     def _codes(self, name: str, narrow: NDArray[Any], quantizer: Affine) -> ir.Value:
         codes = narrow.astype(np.int8).astype(self._container(quantizer))
-        stored = self.writer.constant(codes, name)
-        assert stored.const_value is not None
-        self.packed_bytes += stored.const_value.nbytes
-        return stored
+        return self.writer.constant(codes, name)
 
     def _without_points(
         self, node: ir.Node, weight: ir.Value, points: NDArray[Any], placed: dict[str, Any]

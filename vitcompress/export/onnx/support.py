@@ -28,8 +28,8 @@ __all__ = [
 _INT8 = torch.iinfo(torch.int8)
 #: Sites that a message names.
 _LISTED = 5
-#: What turns an artefact with zero points into one without.
-_CURE = "quantize again with --recipe deploy_symmetric"
+#: The recipe that leaves out the zero points that a target does not take.
+_CURES = {"weights": "deploy_symmetric_weights", "everything": "deploy_symmetric"}
 
 
 def check_support(captured: CapturedGraph, target: Target) -> None:
@@ -53,7 +53,7 @@ def check_support(captured: CapturedGraph, target: Target) -> None:
         return
     listed = "; ".join(f"{site}: {why}" for site, why in list(refused.items())[:_LISTED])
     more = f"; and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
-    cure = f"; {_CURE}" if unsigned else ""
+    cure = f"; quantize again with --recipe {_CURES[target.signed]}" if unsigned else ""
     raise ExportError(
         f"{len(refused)} sites cannot be written to ONNX for target {target.name}: "
         f"{listed}{more}{cure}"

@@ -3,11 +3,12 @@
 Usage: ``python -P timing.py JOB.json``. Prints one line of JSON. Imports neither torch nor the
 rest of this package: only the runtime's threads are here.
 
-The job names ``runtime``, ``files`` (path by name), ``shape`` of the images, ``threads``,
-``rounds`` and ``seed``. In every round each file has one turn, in an order drawn anew: what
-slows the machine down for a while then meets all of them. A turn is one untimed run, since the
-others have just taken the caches, and then a burst of timed ones; the figures are means over
-the burst, and all threads count as CPU time.
+The job names ``runtime``, ``files`` (path by name), ``bfloat16`` (names of those to run at
+that precision), ``shape`` of the images, ``threads``, ``rounds`` and ``seed``. In every round
+each file has one turn, in an order drawn anew: what slows the machine down for a while then
+meets all of them. A turn is one untimed run, since the others have just taken the caches, and
+then a burst of timed ones; the figures are means over the burst, and all threads count as CPU
+time.
 
 Threads of a session wait for work by spinning, within a run and for a while after it. Within
 a run that is left as users have it by default. After a run it is stopped
@@ -15,8 +16,8 @@ a run that is left as users have it by default. After a run it is stopped
 the next and be counted as its CPU time. OpenVINO has no such switch; its threads sleep soon.
 
 OpenVINO computes in bfloat16 by default where the processor can; it is held to float32, or the
-float32 reference would be none. A network is given the shape of the images before it is
-compiled, as its users do.
+float32 reference would be none. Where the processor cannot, a run in bfloat16 is left out. A
+network is given the shape of the images before it is compiled, as its users do.
 """
 
 import gc
@@ -49,12 +50,17 @@ def main(job_file: str) -> None:
     rng = np.random.default_rng(job["seed"])
     images = rng.standard_normal(job["shape"], dtype=np.float32)
     runtime = RUNTIMES[job["runtime"]]()
+    half, reason = job["bfloat16"], runtime.without_bfloat16
+    left_out = dict.fromkeys(half, reason) if reason else {}
     ops: dict[str, dict[str, int]] = {}
     runs: dict[str, Run] = {}
     lengths: dict[str, int] = {}
     for name, path in job["files"].items():
+        if name in left_out:
+            continue
         try:
-            runs[name], ops[name] = runtime.open(path, job["threads"], images)
+            opened = runtime.open(path, job["threads"], images, bfloat16=name in half)
+            runs[name], ops[name] = opened
             lengths[name] = _burst_length(runs[name])
         except Exception as error:  # the runtimes' exception types are not public
             reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -72,18 +78,35 @@ def main(job_file: str) -> None:
         **runtime.versions,
         "numpy": np.__version__,
     }
-    facts = {"runtime": runtime.label, "versions": versions, "ops": ops, "rounds": rounds}
+    facts = {
+        "runtime": runtime.label,
+        "versions": versions,
+        "left_out": left_out,
+        "ops": ops,
+        "rounds": rounds,
+    }
     print(json.dumps(facts))
 
 
 class _Onnxruntime:
-    """onnxruntime on the CPU."""
+    """onnxruntime on the CPU.
+
+    Attributes:
+        without_bfloat16: Why it does not run files in bfloat16; empty if it does.
+    """
+
+    without_bfloat16 = (
+        "onnxruntime's CPU provider has no faster run in bfloat16 or float16 (on x86 it casts "
+        "both to float32)"
+    )
 
     def __init__(self) -> None:
         self.label = f"onnxruntime {onnxruntime.__version__} CPU"
         self.versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
-    def open(self, path: str, threads: int, images: Any) -> tuple[Run, dict[str, int]]:
+    def open(
+        self, path: str, threads: int, images: Any, *, bfloat16: bool
+    ) -> tuple[Run, dict[str, int]]:
         """Return what runs a file once, and the operators of its optimised graph by type."""
         with tempfile.TemporaryDirectory() as folder:
             # In a session of its own, so that the timed one writes nothing.
@@ -110,7 +133,7 @@ class _Onnxruntime:
 
 
 class _OpenVino:
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU; attributes as of ``_Onnxruntime``."""
 
     def __init__(self) -> None:
         import openvino
@@ -119,13 +142,17 @@ class _OpenVino:
         self.core = openvino.Core()
         self.label = f"OpenVINO {version} CPU"
         self.versions = {"openvino": version}
+        native = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.without_bfloat16 = "" if native else "OpenVINO finds no bfloat16 units here"
 
-    def open(self, path: str, threads: int, images: Any) -> tuple[Run, dict[str, int]]:
+    def open(
+        self, path: str, threads: int, images: Any, *, bfloat16: bool
+    ) -> tuple[Run, dict[str, int]]:
         """Return what runs a file once, and its compiled operators by type and kernel."""
         model = self.core.read_model(path)
         model.reshape(images.shape)
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
         }

@@ -29,7 +29,7 @@ from vitcompress.calibration.interpreter import run
 from vitcompress.errors import ExportError
 from vitcompress.export.onnx.activations import StoredCodes
 from vitcompress.export.onnx.coverage import coverage, integer_ops
-from vitcompress.graph import CapturedGraph, OutputDict
+from vitcompress.graph import CapturedGraph
 from vitcompress.numerics.metrics import cosine
 from vitcompress.quantizers import Quantizer
 
@@ -58,9 +58,10 @@ class Verification:
     Attributes:
         runtime: Name and version.
         code_mismatch: Share of activation codes that differ, in step.
-        in_step_cosine: Between the outputs, in step.
+        in_step_cosine: Between the outputs, in step; of several the least.
         images: How many images both sides computed on their own.
-        cosine: Between those outputs, each side on its own.
+        cosine: Between their logits (the first output, or the one called so), each side on
+            its own.
         top1_agreement_percent: Images on which the largest output is the same.
         max_difference: Largest difference, relative to the largest output.
         integer_linears: Linears whose product runs on integers.
@@ -120,17 +121,18 @@ def verify(
     facts, arrays = _run_apart(path, images, names, runtime, ir_path)
     actual = torch.from_numpy(arrays["all"])[: len(images)]
     in_step = []
+    count = len(captured.output_names)
     for batch in facts["batches"]:
-        logits, *stepped = (
+        found = [
             torch.from_numpy(arrays[f"batch_{batch}_{index}"])
-            for index in range(len(codes) + 1)
-        )
+            for index in range(count + len(codes))
+        ]
         by_target = {
             target: stored.of(value)
-            for (target, stored), value in zip(codes.items(), stepped, strict=True)
+            for (target, stored), value in zip(codes.items(), found[count:], strict=True)
         }
         compared = images[torch.arange(batch) % len(images)]  # a fixed batch may be larger
-        in_step.append(_compare_in_step(path, captured, compared, logits, by_target))
+        in_step.append(_compare_in_step(path, captured, compared, found[:count], by_target))
     integer, fell_out = coverage(facts["nodes"], linears, reasons)
     return Verification(
         runtime=facts["runtime"],
@@ -152,10 +154,10 @@ def _compare_in_step(
     path: Path,
     captured: CapturedGraph,
     images: Tensor,
-    logits: Tensor,
+    outputs: Sequence[Tensor],
     codes: dict[str, Tensor],
 ) -> tuple[float, float]:
-    """Return the share of codes that differ and the cosine of the outputs, in step.
+    """Return the share of codes that differ and the least cosine of an output, in step.
 
     Raises:
         ExportError: Codes differ that are no ties, or the outputs do.
@@ -181,24 +183,22 @@ def _compare_in_step(
             quantizer = captured.module.get_submodule(target)
             assert isinstance(quantizer, Quantizer)
             replaced[node] = partial(checked, quantizer, codes[target])
-    outputs = captured.wrap(run(captured, images, replaced=replaced))
-    expected = outputs if isinstance(outputs, Tensor) else _logits_of(outputs)
-    likeness = cosine(expected, logits)
+    expected = run(captured, images, replaced=replaced)
     if worst[1] > MOST_UNEXPLAINED:
         raise ExportError(
             f"{path.name}: {worst[0]}: {100 * worst[1]:.2f} % of the codes differ from the "
             f"model's and are no ties; at most {100 * MOST_UNEXPLAINED:.1f} % may"
         )
-    if not likeness >= LEAST_COSINE:
-        raise ExportError(
-            f"{path.name}: outputs differ from the model's at batch {len(images)}: cosine "
-            f"{likeness:.5f} in step, expected at least {LEAST_COSINE}"
-        )
-    return differing / max(total, 1), likeness
-
-
-def _logits_of(outputs: OutputDict) -> Tensor:
-    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
+    likenesses = []
+    for name, own, other in zip(captured.output_names, expected, outputs, strict=True):
+        likenesses.append(cosine(own, other))
+        if not likenesses[-1] >= LEAST_COSINE:
+            label = f"output '{name}' differs" if name else "outputs differ"
+            raise ExportError(
+                f"{path.name}: {label} from the model's at batch {len(images)}: cosine "
+                f"{likenesses[-1]:.5f} in step, expected at least {LEAST_COSINE}"
+            )
+    return differing / max(total, 1), min(likenesses)
 
 
 def _run_apart(

@@ -48,13 +48,20 @@ def rewritten(captured: CapturedGraph, names: tuple[str, ...] = tuple(REWRITES))
         names: Which of ``REWRITES`` to apply.
 
     Raises:
-        ExportError: The copy computes something else, activation quantizers off: a defect.
+        ExportError: A rewrite fails, or the copy computes something else, activation
+            quantizers off: defects.
     """
     graph, changed = captured.clone(), {}
     for name, rewrite in REWRITES.items():
         if name in names:
-            changed[name] = rewrite(graph)
-            graph.recompile()
+            try:
+                changed[name] = rewrite(graph)
+                graph.recompile()
+            except Exception as error:  # of whatever type: a defect, named
+                raise ExportError(
+                    f"{captured.provenance.model}: rewrite {name} fails on the graph: "
+                    f"{error!r}; please report it"
+                ) from error
     images = captured.example(3)
     before, after = (_without_activation_codes(g, images) for g in (captured, graph))
     for own, other in zip(before, after, strict=True):

@@ -54,7 +54,7 @@ def _operands(found: ProjectedOperands) -> tuple[Operand, ...]:
 
 def _is_joint(captured: CapturedGraph, operand: Operand) -> bool:
     """Return whether an operand is part of the result of one linear with a stored weight."""
-    if operand.tokens_first or operand.width == info(operand.base).shape[-1]:
+    if operand.width == info(operand.base).shape[-1]:
         return False
     if not is_op(operand.base, ops.LINEAR):
         return False
@@ -106,17 +106,18 @@ def _separate(
         for b in base.args[2:]
         if isinstance(b, fx.Node)
     ]
-    batch, tokens, _ = info(base).shape
-    dim = operand.width // heads
-    order = [0, 2, 3, 1] if transposed else [0, 2, 1, 3]
-    split: tuple[int | str, ...] = (batch, tokens, heads, dim)
+    rows, dim = info(base).shape[:2], operand.width // heads
+    image, token = (1, 0) if operand.tokens_first else (0, 1)
+    order = [image, 2, 3, token] if transposed else [image, 2, token, 3]
+    split: tuple[int | str, ...] = (*rows, heads, dim)
+    extents = [-1 if axis == image else extent for axis, extent in enumerate(split)]
     with graph.inserting_before(operand.node):
         product = graph.call_function(ops.linear, (source, part, *bias))
-        parted = graph.call_function(ops.reshape, (product, [-1, *split[1:]]))
+        parted = graph.call_function(ops.reshape, (product, extents))
         value = graph.call_function(ops.permute, (parted, order))
     dtype = info(base).dtype
     shapes = (
-        (product, (batch, tokens, operand.width)),
+        (product, (*rows, operand.width)),
         (parted, split),
         (value, tuple(split[axis] for axis in order)),
     )

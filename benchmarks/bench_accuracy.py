@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="repq_vit_paper,repq_vit,deploy")
     parser.add_argument("--schemes", default="W8A8,W6A6,W4A8,W4A4")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--samples", type=int, default=32, help="calibration images")
     parser.add_argument("--onnx", action="store_true", help="export and run every image")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
@@ -53,7 +54,9 @@ def main() -> None:
                         recipe_name, scheme=Scheme.parse(scheme), overrides=arguments.set
                     )
                     for seed in map(int, arguments.seeds.split(",")):
-                        source = calibration(loaded, seed=seed)
+                        source = calibration(
+                            loaded, seed=seed, samples=arguments.samples, batch_size=32
+                        )
                         graph, records = run_recipe(recipe, reference, source)
                         found = logits(graph.logits, images)
                         entry = evaluate(Replay(found), images, reference=Replay(known))
@@ -62,6 +65,7 @@ def main() -> None:
                             "recipe": recipe_name,
                             "scheme": scheme,
                             "seed": seed,
+                            "samples": arguments.samples,
                             "overrides": arguments.set,
                             "top1_percent": entry.top1_percent,
                             "float_top1_percent": entry.reference_top1_percent,

@@ -3,11 +3,10 @@
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from vitcompress.graph.captured import QUANTIZER_PREFIX, CapturedGraph
-from vitcompress.graph.metadata import ModulePath, module_path, node_argument, set_info
+from vitcompress.graph.metadata import ModulePath, module_path, set_info
 
 __all__ = [
     "call_after",
@@ -16,8 +15,6 @@ __all__ = [
     "is_quantizer",
     "quantizer_target",
     "replace_quantizer",
-    "store_argument",
-    "stored_argument",
 ]
 
 
@@ -131,25 +128,3 @@ def insert_quantizer(
 def replace_quantizer(captured: CapturedGraph, target: str, quantizer: nn.Module) -> None:
     """Put another quantizer in the place of the one stored under ``target``."""
     captured.module.set_submodule(target, quantizer)
-
-
-def stored_argument(graph: CapturedGraph, reader: fx.Node, position: int) -> Tensor | None:
-    """Return a copy of the tensor a node takes, in double precision; ``None`` without one."""
-    node = reader.args[position] if len(reader.args) > position else None
-    if not isinstance(node, fx.Node):
-        return None
-    return graph.parameter(str(node.target)).to(torch.float64, copy=True)
-
-
-def store_argument(
-    graph: CapturedGraph, reader: fx.Node, position: int, value: Tensor
-) -> None:
-    """Replace the tensor a node takes, or give it one, in the precision of its weight."""
-    weight = graph.parameter(str(node_argument(reader, 1).target))
-    value = value.to(weight.dtype)
-    if len(reader.args) > position and isinstance(reader.args[position], fx.Node):
-        graph.set_parameter(str(node_argument(reader, position).target), value)
-        return
-    arguments = [*reader.args, *[None] * (position + 1 - len(reader.args))]
-    arguments[position] = constant_node(graph, reader, "bias", value)
-    reader.args = tuple(arguments)

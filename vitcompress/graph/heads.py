@@ -25,12 +25,10 @@ class HeadMap:
     Attributes:
         linear: The linear node.
         channels: Output rows, or input columns, of each head and dimension, ``[H, D]`` int64.
-        factor: What the linear's output is multiplied with on its way to the operand.
     """
 
     linear: fx.Node
     channels: Tensor
-    factor: float = 1.0
 
 
 def heads_of_operand(product: fx.Node, index: int, axis: int) -> HeadMap | str:
@@ -65,7 +63,7 @@ def heads_of_operand(product: fx.Node, index: int, axis: int) -> HeadMap | str:
     channels = found.reshape(-1, *found.shape[-3:])[0, :, 0]
     if not bool((found == channels[:, None]).all()):
         return f"{operand.name} mixes tokens and channels"
-    return _checked(node, channels, _factor(path))
+    return _checked(node, channels)
 
 
 def heads_of_output(product: fx.Node) -> HeadMap | str:
@@ -125,19 +123,10 @@ def _shape_of_one(node: fx.Node) -> list[int]:
     return [extent or 1 for extent in extents]
 
 
-def _factor(path: list[fx.Node]) -> float:
-    factor = 1.0
-    for node in path:
-        if is_op(node, ops.MUL, ops.DIV):
-            number = float(node.args[1])  # type: ignore[arg-type]
-            factor *= number if is_op(node, ops.MUL) else 1.0 / number
-    return factor
-
-
-def _checked(linear: fx.Node, channels: Tensor, factor: float = 1.0) -> HeadMap | str:
+def _checked(linear: fx.Node, channels: Tensor) -> HeadMap | str:
     if len(set(channels.flatten().tolist())) != channels.numel():
         return f"heads share channels of {linear.name}"
     weight = linear.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
         return f"the weight of {linear.name} is shared or computed"
-    return HeadMap(linear, channels, factor)
+    return HeadMap(linear, channels)

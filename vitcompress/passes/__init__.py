@@ -3,7 +3,6 @@
 from vitcompress.passes.attach import Attach
 from vitcompress.passes.base import PASSES, Fact, Pass, PassContext, PassReport, register
 from vitcompress.passes.calibrate import Calibrate
-from vitcompress.passes.equalize_heads import EqualizeHeads
 from vitcompress.passes.erq import Erq
 from vitcompress.passes.freeze import Freeze
 from vitcompress.passes.gptq import Gptq
@@ -21,7 +20,6 @@ __all__ = [
     "PASSES",
     "Attach",
     "Calibrate",
-    "EqualizeHeads",
     "Erq",
     "Fact",
     "Freeze",

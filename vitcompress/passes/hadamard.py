@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vitcompress.calibration import Request
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph, ops
-from vitcompress.graph.edit import store_argument, stored_argument
+from vitcompress.graph.edit import constant_node
 from vitcompress.graph.heads import HeadMap, heads_of_operand, heads_of_output
-from vitcompress.graph.metadata import list_argument, module_path
+from vitcompress.graph.metadata import list_argument, module_path, node_argument
 from vitcompress.graph.patterns import Attention, attentions
 from vitcompress.graph.residual import ResidualStream, residual_streams
 from vitcompress.numerics.hadamard import random_rotation
@@ -105,18 +105,16 @@ def fold_norms(graph: CapturedGraph, stream: ResidualStream) -> None:
     """Move the affine of each norm into its readers, and the centring into the writers."""
     for group in stream.norms:
         norm = group.norm
-        gamma, beta = (stored_argument(graph, norm, position) for position in (2, 3))
+        gamma, beta = (_stored(graph, norm, position) for position in (2, 3))
         for consumer in group.consumers:
-            weight = stored_argument(graph, consumer.linear, 1)
+            weight = _stored(graph, consumer.linear, 1)
             assert weight is not None
             if beta is not None:
-                bias = stored_argument(graph, consumer.linear, 2)
+                bias = _stored(graph, consumer.linear, 2)
                 shift = weight @ beta
-                store_argument(
-                    graph, consumer.linear, 2, shift if bias is None else bias + shift
-                )
+                _store(graph, consumer.linear, 2, shift if bias is None else bias + shift)
             if gamma is not None:
-                store_argument(graph, consumer.linear, 1, weight * gamma)
+                _store(graph, consumer.linear, 1, weight * gamma)
         eps = norm.args[4] if len(norm.args) > 4 else 1e-5
         norm.target = ops.rms_norm
         norm.args = (norm.args[0], list_argument(norm, 1), None, eps)
@@ -133,20 +131,20 @@ def rotate_stream(graph: CapturedGraph, stream: ResidualStream, rotation: Tensor
     _map_writers(graph, stream, rotation)
     for group in stream.norms:
         for consumer in group.consumers:
-            weight = stored_argument(graph, consumer.linear, 1)
+            weight = _stored(graph, consumer.linear, 1)
             assert weight is not None
-            store_argument(graph, consumer.linear, 1, weight @ rotation)
+            _store(graph, consumer.linear, 1, weight @ rotation)
 
 
 def _map_writers(graph: CapturedGraph, stream: ResidualStream, matrix: Tensor) -> None:
     """Multiply what is written into a stream by a matrix from the right."""
     for writer in stream.writers:
-        weight, bias = stored_argument(graph, writer, 1), stored_argument(graph, writer, 2)
+        weight, bias = _stored(graph, writer, 1), _stored(graph, writer, 2)
         assert weight is not None
         mapped = (matrix.T @ weight.flatten(1)).reshape(weight.shape)
-        store_argument(graph, writer, 1, mapped)
+        _store(graph, writer, 1, mapped)
         if bias is not None:
-            store_argument(graph, writer, 2, bias @ matrix)
+            _store(graph, writer, 2, bias @ matrix)
     for constant, axis in stream.constants.items():
         name = str(constant.target)
         value = graph.parameter(name)
@@ -208,19 +206,42 @@ def _rotate_rows(
     if rotation is None:
         return f"there is no Hadamard matrix of size {size}"
     for index, found in enumerate(maps):
-        weight = stored_argument(graph, found.linear, 1)
+        weight = _stored(graph, found.linear, 1)
         assert weight is not None
         if index == len(producers):
             for columns in found.channels:
                 weight[:, columns] = weight[:, columns] @ rotation
-            store_argument(graph, found.linear, 1, weight)
+            _store(graph, found.linear, 1, weight)
             continue
-        bias = stored_argument(graph, found.linear, 2)
+        bias = _stored(graph, found.linear, 2)
         for rows in found.channels:
             weight[rows] = rotation.T @ weight[rows]
             if bias is not None:
                 bias[rows] = bias[rows] @ rotation
-        store_argument(graph, found.linear, 1, weight)
+        _store(graph, found.linear, 1, weight)
         if bias is not None:
-            store_argument(graph, found.linear, 2, bias)
+            _store(graph, found.linear, 2, bias)
     return ""
+
+
+# Tensors
+
+
+def _stored(graph: CapturedGraph, reader: fx.Node, position: int) -> Tensor | None:
+    """Return a copy of the tensor a node takes, in double precision; ``None`` without one."""
+    node = reader.args[position] if len(reader.args) > position else None
+    if not isinstance(node, fx.Node):
+        return None
+    return graph.parameter(str(node.target)).to(torch.float64, copy=True)
+
+
+def _store(graph: CapturedGraph, reader: fx.Node, position: int, value: Tensor) -> None:
+    """Replace the tensor a node takes, or give it one, in the precision of its weight."""
+    weight = graph.parameter(str(node_argument(reader, 1).target))
+    value = value.to(weight.dtype)
+    if len(reader.args) > position and isinstance(reader.args[position], fx.Node):
+        graph.set_parameter(str(node_argument(reader, position).target), value)
+        return
+    arguments = [*reader.args, *[None] * (position + 1 - len(reader.args))]
+    arguments[position] = constant_node(graph, reader, "bias", value)
+    reader.args = tuple(arguments)

@@ -16,8 +16,6 @@ import torch
 from vitcompress.calibration import Request
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph
-from vitcompress.graph.partition import chain
-from vitcompress.graph.patterns import Block, blocks
 from vitcompress.passes.base import Fact, PassContext, PassReport, register
 from vitcompress.passes.blocks import BlockOutcome, BlockSettings, BlockTask
 from vitcompress.passes.losses import LOSSES, AnswersLoss
@@ -50,7 +48,6 @@ class ReconstructConfig(BlockSettings):
         quantized_inside: Probability that an element inside a block is quantized.
     """
 
-    scope: Literal["block", "network"] = "block"
     loss: str = "mse"
     weights: Literal["adaround", "straight_through"] = "adaround"
     iterations: int = 20_000
@@ -89,11 +86,6 @@ class ReconstructConfig(BlockSettings):
         )
 
 
-def whole(graph: CapturedGraph) -> list[Block]:
-    """Return the network as one block."""
-    return [Block("network", tuple(n for b in chain(graph, []) for n in b.nodes))]
-
-
 @register
 class Reconstruct:
     """Train the rounding, scales and biases of each block towards the float block."""
@@ -123,7 +115,6 @@ class Reconstruct:
             inputs=inputs,
             settings=self.config,
             seed=int(torch.randint(2**62, (), generator=context.generator)),
-            units=blocks if self.config.scope == "block" else whole,
         )
         return block_report(records, {"loss": self.config.loss})
 

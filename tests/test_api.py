@@ -6,7 +6,7 @@ from tiny import TinyViT, enliven, images, make_source, tiny_vit
 import calib
 import vitcompress
 from vitcompress import api
-from vitcompress.api import resolve_recipe
+from vitcompress.effort import resolve_recipe
 from vitcompress.errors import ConfigError, ExportError, InputError, UnsupportedModelError
 from vitcompress.graph import CapturedGraph
 from vitcompress.models import LoadedModel
@@ -51,7 +51,7 @@ def test_module_in_callable_out(vit, source):
     assert found.shape == (3, 10)
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
     assert not torch.equal(found, expected)
-    assert model.recipe.label == "deploy-w8a8"
+    assert model.recipe.label == "fast-w8a8"
     assert model.report.model == "TinyViT"
     assert model.preprocessing is None
     assert all(torch.equal(value, weights[name]) for name, value in vit.state_dict().items())
@@ -183,7 +183,7 @@ def test_scheme_and_recipe_combine():
     assert resolve_recipe(recipe="repq_vit", bits=4).label == "repq_vit-w4a8"
     assert resolve_recipe(recipe="repq_vit-w3a3").label == "repq_vit-w3a3"
     assert resolve_recipe(recipe="repq_vit-w3a3", scheme="W6A6").label == "repq_vit-w6a6"
-    assert resolve_recipe(scheme=Scheme(2, 8)).label == "deploy-w2a8"
+    assert resolve_recipe(scheme=Scheme(2, 8)).label == "fast-w2a8"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_scheme_and_recipe_combine():
         ({"scheme": "W4A1"}, "activation bits must be between 2 and 8, got 1"),
         ({"scheme": "4"}, "expected a form like W4A8, got '4'"),
         ({"recipe": "repq_vot"}, "did you mean 'repq_vit'"),
-        ({"overrides": ["passes.9.method=mse"]}, "has no 'passes.9.method'"),
+        ({"overrides": ["passes.12.method=mse"]}, "has no 'passes.12.method'"),
     ],
 )
 def test_contradictions_and_impossible_widths_are_refused(settings, reason):
@@ -229,10 +229,10 @@ def test_recipe_objects_are_complete(vit_graph, source):
 
 
 def test_overrides_reach_the_recipe():
-    recipe = resolve_recipe(bits=8, overrides=["seed=5", "passes.1.method=minmax"])
+    recipe = resolve_recipe(bits=8, overrides=["seed=5", "passes.2.method=minmax"])
 
     assert recipe.seed == 5
-    assert recipe.to_dict()["passes"][1]["method"] == "minmax"
+    assert recipe.to_dict()["passes"][2]["method"] == "minmax"
 
 
 def test_recipe_is_checked_before_the_model_is_touched(vit, monkeypatch):

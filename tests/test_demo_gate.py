@@ -20,10 +20,11 @@ from vitcompress.models.identity import computing_versions
 from vitcompress.numerics.affine import dequantize_affine
 from vitcompress.passes.attach import AttachRule
 from vitcompress.quantizers import affine
+from vitcompress.recipe import Scheme, load_recipe
 from vitcompress.result import ImageSet, Origin, Outcomes, Result
 
 BASELINE = Path(__file__).parent / "golden" / "demo-baseline.yaml"
-SCHEMES = ("W8A8", "W6A6", "W4A4", "W3A3")
+RECIPES = {"W8A8": "deploy", "W6A6": "repq_vit", "W4A4": "repq_vit", "W3A3": "repq_vit"}
 
 
 class Demo:
@@ -47,8 +48,8 @@ class Demo:
             return graph.logits(self.images)
 
     def result(self, scheme):
-        """Return what quantization by the default recipe gives."""
-        recipe = api.resolve_recipe(scheme=scheme)
+        """Return what quantization at a width gives."""
+        recipe = load_recipe(RECIPES[scheme], scheme=Scheme.parse(scheme))
         compressed = api.compress(
             recipe,
             self.graph,
@@ -93,11 +94,11 @@ def failures(demo, scheme):
 def test_baseline_limits_four_widths():
     cells = read_baseline(BASELINE).cells()
 
-    assert [name.scheme for name in cells] == list(SCHEMES)
+    assert [name.scheme for name in cells] == list(RECIPES)
     assert all(list(cell.limits) == ["top1", "agreement", "size"] for cell in cells.values())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RECIPES)
 def test_figures_have_not_moved(demo, scheme):
     assert failures(demo, scheme) == {}
 
@@ -137,5 +138,5 @@ def test_weights_of_one_block_left_in_float_are_caught(demo, monkeypatch):
 
 if __name__ == "__main__":
     made = Demo()
-    for name, done in update_baseline(BASELINE, [made.result(s) for s in SCHEMES]).items():
+    for name, done in update_baseline(BASELINE, [made.result(s) for s in RECIPES]).items():
         print(f"{name}: {done}")

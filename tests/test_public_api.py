@@ -211,7 +211,7 @@ def test_arguments_of_the_entry_points_keep_their_names():
         return list(inspect.signature(function).parameters)
 
     assert names(vitcompress.quantize) == [
-        *("model", "bits", "scheme", "recipe", "source", "overrides", "model_id"),
+        *("model", "bits", "scheme", "effort", "recipe", "source", "overrides", "model_id"),
         "checkpoint",
     ]
     assert names(vitcompress.load) == ["path"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import calib
 from vitcompress.artifact import StoredModel, read_artifact, write_artifact, write_files
 from vitcompress.calibration import CalibrationSource
-from vitcompress.effort import effort_named
+from vitcompress.effort import resolve_recipe
 from vitcompress.engine import Checkpoint, LocalEngine, run_recipe
 from vitcompress.engine.memory import PeakMemory
 from vitcompress.errors import ArtifactError, ConfigError
@@ -25,7 +25,7 @@ from vitcompress.measure import measure_activations
 from vitcompress.models import LoadedModel
 from vitcompress.models.identity import model_digest
 from vitcompress.models.preprocessing import from_attributes
-from vitcompress.recipe import Recipe, Scheme, load_recipe
+from vitcompress.recipe import Recipe, Scheme
 from vitcompress.report import (
     CompressionReport,
     ExportEntry,
@@ -42,7 +42,6 @@ __all__ = [
     "export_onnx",
     "load",
     "quantize",
-    "resolve_recipe",
 ]
 
 #: Calibration images where the caller names no source.
@@ -329,38 +328,6 @@ def capture_model(model: nn.Module | LoadedModel) -> CapturedGraph:
     return capture(
         module, images, model_id=model.name if isinstance(model, LoadedModel) else ""
     )
-
-
-def resolve_recipe(
-    *,
-    bits: int | None = None,
-    scheme: str | Scheme | None = None,
-    effort: str | None = None,
-    recipe: str | Path | Recipe | None = None,
-    overrides: Sequence[str] = (),
-) -> Recipe:
-    """Return the recipe that these settings mean.
-
-    Raises:
-        ConfigError: They contradict each other, or one is wrong.
-    """
-    if bits is not None and scheme is not None:
-        raise ConfigError(f"give bits or scheme, not both; got {bits} and {scheme}")
-    if effort is not None and recipe is not None:
-        raise ConfigError("an effort chooses the recipe; give one or the other")
-    chosen = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    if bits is not None:
-        chosen = Scheme(bits, 8)
-    if isinstance(recipe, Recipe):
-        if chosen is not None or overrides:
-            raise ConfigError(
-                "a Recipe object is complete; leave out bits, scheme and overrides"
-            )
-        return recipe
-    if recipe is None:
-        chosen = chosen or Scheme(8, 8)
-        recipe = effort_named(effort or "fast").recipe_for(chosen)
-    return load_recipe(recipe, scheme=chosen, overrides=overrides)
 
 
 def captured(

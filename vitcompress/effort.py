@@ -5,12 +5,14 @@ only with a gain on real images.
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vitcompress.errors import ConfigError
-from vitcompress.recipe import Scheme
+from vitcompress.recipe import Recipe, Scheme, load_recipe
 
-__all__ = ["EFFORTS", "Effort", "effort_named"]
+__all__ = ["EFFORTS", "Effort", "effort_named", "resolve_recipe"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,35 @@ def effort_named(name: str) -> Effort:
     near = difflib.get_close_matches(name, EFFORTS, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     raise ConfigError(f"effort: expected one of {', '.join(EFFORTS)}, got '{name}'{hint}")
+
+
+def resolve_recipe(
+    *,
+    bits: int | None = None,
+    scheme: str | Scheme | None = None,
+    effort: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """Return the recipe that these settings mean.
+
+    Raises:
+        ConfigError: They contradict each other, or one is wrong.
+    """
+    if bits is not None and scheme is not None:
+        raise ConfigError(f"give bits or scheme, not both; got {bits} and {scheme}")
+    if effort is not None and recipe is not None:
+        raise ConfigError("an effort chooses the recipe; give one or the other")
+    chosen = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if bits is not None:
+        chosen = Scheme(bits, 8)
+    if isinstance(recipe, Recipe):
+        if chosen is not None or overrides:
+            raise ConfigError(
+                "a Recipe object is complete; leave out bits, scheme and overrides"
+            )
+        return recipe
+    if recipe is None:
+        chosen = chosen or Scheme(8, 8)
+        recipe = effort_named(effort or "fast").recipe_for(chosen)
+    return load_recipe(recipe, scheme=chosen, overrides=overrides)

@@ -85,7 +85,7 @@ def artefact(tmp_path_factory, vit_graph):
     prepared = calib.Preprocessing(size=(32, 32))
     source = calib.open_source("synthetic", samples=8, preprocessing=prepared)
     path = tmp_path_factory.mktemp("made") / "artefact"
-    quantized(vit_graph, source, bits=8).save(path)
+    quantized(vit_graph, source, bits=8, recipe="deploy").save(path)
     return path
 
 

@@ -72,10 +72,10 @@ def captured(monkeypatch, vit_graph):
 @pytest.mark.parametrize(
     ("widths", "label"),
     [
-        (("--w-bits", 4, "--a-bits", 6), "repq_vit-w4a6"),
-        (("--w-bits", 3), "deploy-w3a8"),
-        (("--a-bits", 4), "repq_vit-w8a4"),
-        ((), "deploy-w8a8"),
+        (("--w-bits", 4, "--a-bits", 6), "fast_narrow-w4a6"),
+        (("--w-bits", 3), "fast-w3a8"),
+        (("--a-bits", 4), "fast_narrow-w8a4"),
+        ((), "fast-w8a8"),
     ],
 )
 def test_widths_can_be_given_apart(vitcompress, captured, tmp_path, widths, label):
@@ -87,7 +87,7 @@ def test_widths_can_be_given_apart(vitcompress, captured, tmp_path, widths, labe
 
 def test_settings_and_preprocessing_can_be_overridden(vitcompress, captured, tmp_path):
     found = vitcompress(
-        *("quantize", *TINY, "--samples", 4, "-o", "out", "--set", "passes.1.method=minmax"),
+        *("quantize", *TINY, "--samples", 4, "-o", "out", "--set", "passes.2.method=minmax"),
         *("--set", "seed=7", "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"),
         *("--interpolation", "bilinear", "--crop-fraction", 1.0, "--seed", 3),
     )
@@ -97,7 +97,7 @@ def test_settings_and_preprocessing_can_be_overridden(vitcompress, captured, tmp
     assert model.preprocessing.mean == (0.1, 0.2, 0.3)
     assert model.preprocessing.interpolation == "bilinear"
     assert model.report.protocol.seed == 7
-    assert model.recipe.to_dict()["passes"][1]["method"] == "minmax"
+    assert model.recipe.to_dict()["passes"][2]["method"] == "minmax"
     assert "bilinear" in found.out
     assert "seed 3" in found.out
 
@@ -125,7 +125,7 @@ def test_earlier_artefact_is_replaced_on_request(vitcompress, captured, tmp_path
     )
 
     assert (first.code, second.code) == (0, 0)
-    assert library.load(tmp_path / "out").recipe.label == "deploy-w2a8"
+    assert library.load(tmp_path / "out").recipe.label == "fast-w2a8"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -11,8 +11,9 @@ from torch import nn
 import calib
 from vitcompress.analyze.measuring import Bench, Search, Unit, harm
 from vitcompress.analyze.records import Analysis, AnalysisEntry, Distance, Level, Mode
-from vitcompress.api import bound_source, captured, resolve_recipe
+from vitcompress.api import bound_source, captured
 from vitcompress.calibration import CalibrationSource
+from vitcompress.effort import resolve_recipe
 from vitcompress.engine import run_recipe
 from vitcompress.errors import ConfigError
 from vitcompress.graph import CapturedGraph

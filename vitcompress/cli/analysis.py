@@ -39,6 +39,7 @@ from vitcompress.cli.options import (
     Trust,
     write_json,
 )
+from vitcompress.effort import resolve_recipe
 from vitcompress.terminal import out
 
 __all__ = ["analyze", "print_analysis"]
@@ -89,7 +90,7 @@ def analyze(
     json_: Json = None,
 ) -> None:
     """Find out which site, layer or block of a quantized model costs most."""
-    chosen = api.resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=set_ or ())
+    chosen = resolve_recipe(bits=bits, scheme=scheme, recipe=recipe, overrides=set_ or ())
     check_settings(mode, by, budget)
     if json_ is not None:
         check_file_writable(json_)

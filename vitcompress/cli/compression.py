@@ -40,7 +40,7 @@ from vitcompress.cli.options import (
     Trust,
     write_json,
 )
-from vitcompress.effort import EFFORTS, effort_named
+from vitcompress.effort import EFFORTS, effort_named, resolve_recipe
 from vitcompress.evaluate import evaluate
 from vitcompress.measure import measure_activations
 from vitcompress.terminal import out
@@ -101,7 +101,7 @@ def quantize(
     trust_input: Trust = False,
 ) -> None:
     """Quantize a model, evaluate it, and save the artefact."""
-    chosen = api.resolve_recipe(
+    chosen = resolve_recipe(
         bits=bits,
         scheme=chosen_scheme(bits, scheme, w_bits, a_bits),
         effort=effort,

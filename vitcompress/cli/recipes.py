@@ -7,8 +7,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vitcompress import api
 from vitcompress.cli.application import recipes_app
+from vitcompress.effort import resolve_recipe
 from vitcompress.recipe import available_recipes, load_recipe
 from vitcompress.terminal import out
 
@@ -34,7 +34,7 @@ def recipes_show(
     scheme: Annotated[str | None, typer.Option(help="Widths that w and a stand for")] = None,
 ) -> None:
     """Print a recipe with every default written out."""
-    recipe = api.resolve_recipe(scheme=scheme, recipe=name)
+    recipe = resolve_recipe(scheme=scheme, recipe=name)
     typer.echo(recipe.to_yaml(), nl=False)
 
 

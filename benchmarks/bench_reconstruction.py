@@ -19,7 +19,7 @@ from vitcompress.recipe import Scheme, load_recipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_tiny")
-    parser.add_argument("--recipe", default="reconstruct")
+    parser.add_argument("--recipe", default="balanced_narrow")
     parser.add_argument("--scheme", default="W4A4")
     parser.add_argument("--depths", default="4,8,12")
     parser.add_argument("--samples", type=int, default=1000)

@@ -41,8 +41,10 @@ class Effort:
 #: By the name users give.
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
-    "balanced": Effort("trained for half an hour on two cores", 512, "balanced", "balanced"),
-    "best": Effort("trained for hours on two cores", 1024, "best", "best"),
+    "balanced": Effort(
+        "trained for half an hour on two cores", 256, "balanced", "balanced_narrow"
+    ),
+    "best": Effort("trained for hours on two cores", 1000, "best", "best_narrow"),
 }
 
 

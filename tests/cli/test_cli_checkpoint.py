@@ -16,8 +16,8 @@ def captured(monkeypatch, vit_graph):
 
 
 SETTINGS = (
-    *("--recipe", "reconstruct", "--scheme", "W3A4", "--samples", 4),
-    *("--set", "passes.3.iterations=1", "--set", "passes.3.device=cpu"),
+    *("--effort", "balanced", "--scheme", "W3A4", "--samples", 4),
+    *("--set", "passes.6.iterations=1", "--set", "passes.6.device=cpu"),
 )
 
 
@@ -57,7 +57,7 @@ def test_a_killed_run_started_again_alone_writes_the_same_artefact(
     arguments = (*arguments, "--checkpoint", "kept", "-o", "resumed")
     first = vitcompress(*arguments)
     left = (tmp_path / "resumed").exists()
-    other = vitcompress(*arguments, "--set", "passes.3.iterations=2")
+    other = vitcompress(*arguments, "--set", "passes.6.iterations=2")
     second = vitcompress(*arguments)
 
     assert (whole.code, first.code != 0, left, second.code) == (0, True, False, 0)

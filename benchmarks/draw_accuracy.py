@@ -13,7 +13,8 @@ from harness import RESULTS
 
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
 SERIES = {
-    "deploy": ("#0b6e4f", "deploy (integer linears, float attention)"),
+    "fast": ("#8a1c5b", "--effort fast (everything quantized)"),
+    "deploy": ("#0b6e4f", "deploy (attention in float)"),
     "repq_vit": ("#1f5fa8", "repq_vit (strict)"),
     "repq_vit_paper": ("#b8860b", "repq_vit_paper"),
 }
@@ -31,7 +32,8 @@ def read() -> tuple[dict[tuple[str, str, str], float], dict[str, float]]:
             if entry["recipe"] == "float":
                 floats[entry["model"]] = entry["captured_top1_percent"]
             elif not entry["overrides"]:
-                key = entry["model"], entry["recipe"], entry["scheme"]
+                recipe = entry["recipe"].removesuffix("_narrow")  # one effort, two recipes
+                key = entry["model"], recipe, entry["scheme"]
                 found[key].append(entry["top1_percent"])
     return {key: statistics.mean(values) for key, values in found.items()}, floats
 
@@ -89,8 +91,8 @@ def main() -> None:
         panel(m, i * step, means, floats[m]) for i, m in enumerate(MODELS) if m in floats
     ]
     legend = "".join(
-        f'<circle cx="{LEFT + 8 + i * 262}" cy="{TOP + HEIGHT + 44}" r="4" fill="{colour}"/>'
-        f'<text x="{LEFT + 18 + i * 262}" y="{TOP + HEIGHT + 48}">{label}</text>'
+        f'<circle cx="{LEFT + 8 + i * 200}" cy="{TOP + HEIGHT + 44}" r="4" fill="{colour}"/>'
+        f'<text x="{LEFT + 18 + i * 200}" y="{TOP + HEIGHT + 48}">{label}</text>'
         for i, (colour, label) in enumerate(SERIES.values())
     )
     total_width, total_height = 2 * step, TOP + HEIGHT + 64

@@ -37,7 +37,7 @@ def recorder(graph, seen):
     """Return a visitor that keeps the inputs of each quantizer."""
     known = graph.quantizers()
 
-    def visit(node, values, floats):
+    def visit(node, values):
         if node.target in known:
             seen.setdefault(node.target, values)
 
@@ -141,7 +141,7 @@ def test_a_walk_meets_a_quantizer_that_nobody_set(graph):
     with pytest.raises(
         ConfigError, match=r"blocks\.0\.fc1:input: quantizer has no parameters yet"
     ):
-        walk(graph, [images(2)], lambda node, values, floats: None)
+        walk(graph, [images(2)], lambda node, values: None)
 
 
 def test_a_later_quantizer_sees_the_error_of_an_earlier_one(graph, vit_graph):
@@ -149,7 +149,7 @@ def test_a_later_quantizer_sees_the_error_of_an_earlier_one(graph, vit_graph):
     by_target = {q.site: q for q in attached(graph, first, second, bits=2).values()}
     x, seen = images(4), {}
 
-    def visit(node, values, floats):
+    def visit(node, values):
         if node.target not in graph.quantizers():
             return
         quantizer = graph.quantizers()[node.target]
@@ -180,7 +180,7 @@ def test_walk_frees_values_after_their_last_use(graph):
     attached(graph, "blocks.0.fc1:input", "head:input")
     alive = {}
 
-    def visit(node, values, floats):
+    def visit(node, values):
         if node.target not in graph.quantizers():
             return
         quantizer = graph.quantizers()[node.target]

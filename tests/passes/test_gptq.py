@@ -95,7 +95,7 @@ def test_a_layer_sees_what_the_quantized_layers_before_it_make(vit_graph, many):
     run_pass(Gptq(GptqConfig()), graph, many)
     seen = {}
 
-    def visit(node, values, floats):
+    def visit(node, values):
         if is_op(node, ops.LINEAR) and node not in seen:
             seen[node] = torch.cat(values)
 

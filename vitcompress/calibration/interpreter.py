@@ -17,7 +17,7 @@ __all__ = ["Visit", "run", "walk"]
 
 Tap = Callable[[Tensor], None]
 Replacement = Callable[[Tensor], Tensor]
-Visit = Callable[[fx.Node, list[Tensor], list[Tensor]], None]
+Visit = Callable[[fx.Node, list[Tensor]], None]
 
 
 class _TappingInterpreter(fx.Interpreter):
@@ -78,7 +78,6 @@ def walk(
     visit: Visit,
     *,
     taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
-    beside: CapturedGraph | None = None,
 ) -> None:
     """Run all batches through the graph in step, node by node.
 
@@ -91,33 +90,24 @@ def walk(
     Args:
         captured: Graph to run.
         batches: Images of each batch, ``[B, C, H, W]``.
-        visit: Called with the node, its inputs (a weight comes as one tensor), and the inputs
-            of the same node of ``beside`` (none without it).
+        visit: Called with the node and its inputs; a weight comes as one tensor.
         taps: Called with the values of their node, one for each batch.
-        beside: A clone that is run along, quantizers off: what the values would be in float.
     """
-    images = list(batches)
-    stream = _Stream(captured, images, bypass=False)
-    companion = None if beside is None else _Stream(beside, images, bypass=True)
-    partners = list(captured.graph.nodes if beside is None else beside.graph.nodes)
-    for node, partner in zip(list(captured.graph.nodes), partners, strict=True):
+    stream = _Stream(captured, list(batches))
+    for node in list(captured.graph.nodes):
         if is_quantizer(node) or is_op(node, ops.LINEAR, ops.CONV):
-            floats = [] if companion is None else companion.inputs(partner)
-            visit(node, stream.inputs(node), floats)
+            visit(node, stream.inputs(node))
         stream.step(node)
         if taps is not None and node in taps:
             taps[node](stream.values[node])
-        if companion is not None:
-            companion.step(partner)
 
 
 class _Stream:
-    """The values of all batches in one graph, as far as later nodes read them."""
+    """The values of all batches, as far as later nodes read them."""
 
-    def __init__(self, captured: CapturedGraph, images: list[Tensor], *, bypass: bool) -> None:
+    def __init__(self, captured: CapturedGraph, images: list[Tensor]) -> None:
         self.captured = captured
         self.images = images
-        self.bypass = bypass
         self.values: dict[fx.Node, list[Any]] = {}
         # Nodes that depend on stored tensors alone are computed when they are read: whoever
         # visits a node may have replaced what it reads.
@@ -155,8 +145,6 @@ class _Stream:
         return read[node] if node in read else self.values[node][index]
 
     def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        if self.bypass and is_quantizer(node):
-            return value_of(node_argument(node, 0))
         arguments = fx.map_arg(node.args, value_of)
         keywords = fx.map_arg(node.kwargs, value_of)
         if node.op == "call_module":

@@ -60,21 +60,18 @@ class LocalEngine:
         visit: Visit,
         *,
         taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
-        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once in step, quantizer by quantizer."""
         with tqdm(
             total=len(graph.quantizers()), desc="calibrating", disable=None, leave=False
         ) as bar:
 
-            def visit_and_count(
-                node: fx.Node, values: list[Tensor], floats: list[Tensor]
-            ) -> None:
-                visit(node, values, floats)
+            def visit_and_count(node: fx.Node, values: list[Tensor]) -> None:
+                visit(node, values)
                 bar.update(is_quantizer(node))
 
             images = (batch.images for batch in source)
-            walk(graph, images, visit_and_count, taps=taps, beside=beside)
+            walk(graph, images, visit_and_count, taps=taps)
 
     @torch.no_grad()
     def logits(self, graph: CapturedGraph, source: CalibrationSource) -> Tensor:

@@ -78,7 +78,6 @@ class Engine(Protocol):
         visit: Visit,
         *,
         taps: Mapping[fx.Node, Callable[[list[Tensor]], None]] | None = None,
-        beside: CapturedGraph | None = None,
     ) -> None:
         """Run the source once through the graph in step; see ``calibration.interpreter``."""
 

@@ -156,7 +156,7 @@ class Calibrate:
             for node in (_other_operand(s) for s, q in pending if isinstance(q, Sulq))
         }
 
-        def visit(node: fx.Node, values: list[Tensor], floats: list[Tensor]) -> None:
+        def visit(node: fx.Node, values: list[Tensor]) -> None:
             if str(node.target) in by_target:
                 site, quantizer = by_target[str(node.target)]
                 stacked, counts = self._stacked(site, quantizer, values)

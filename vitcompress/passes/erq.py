@@ -11,14 +11,15 @@ would fit noise; the range of each row is searched by mean squared error.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from vitcompress.calibration import RangeConfig, Request, fit_range
+from vitcompress.calibration import Observer, RangeConfig, Request, fit_range
 from vitcompress.errors import ConfigError
-from vitcompress.graph import CapturedGraph
+from vitcompress.graph import CapturedGraph, enumerate_sites
 from vitcompress.numerics.rounding import (
     Grid,
     activation_correction,
@@ -27,7 +28,7 @@ from vitcompress.numerics.rounding import (
     weight_correction,
 )
 from vitcompress.passes.base import Fact, PassContext, PassReport, register
-from vitcompress.passes.layers import QuantizedLayer, moment, output_error, quantized_layers
+from vitcompress.passes.layers import QuantizedLayer, output_error, quantized_layers
 
 __all__ = ["Erq", "ErqConfig"]
 
@@ -66,6 +67,45 @@ class ErqConfig(RangeConfig):
             )
         if self.refinements < 0:
             raise ConfigError(f"refinements: expected at least 0, got {self.refinements}")
+
+
+class InputMoments(Observer):
+    """Second moments of a layer's input x and its quantized form q, over rows.
+
+    Rows are what the weight is multiplied with (``QuantizedLayer.rows``). ``result`` is the
+    means of ``q q^T``, ``q (x - q)^T`` and ``(x - q) (x - q)^T``, each ``[I, I]`` double, and
+    the number of rows, ``[]``.
+
+    Args:
+        layer: The layer; its quantizer is calibrated.
+    """
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self._layer = layer
+        self._rows = 0
+        self._sums: tuple[Tensor, ...] = ()
+
+    def update(self, x: Tensor) -> None:
+        quantizer = self._layer.input_quantizer
+        exact = self._layer.rows(x, ones=True)
+        taken = exact
+        if quantizer is not None:
+            taken = self._layer.rows(quantizer(x), ones=True)
+        missing = exact - taken
+        pairs = ((taken, taken), (taken, missing), (missing, missing))
+        self._add(tuple((a.T @ b).double() for a, b in pairs), len(exact))
+
+    def merge(self, other: Self) -> None:
+        if other._rows:
+            self._add(other._sums, other._rows)
+
+    def result(self) -> tuple[Tensor, ...]:
+        return *(total / self._rows for total in self._sums), torch.tensor(self._rows)
+
+    def _add(self, sums: tuple[Tensor, ...], rows: int) -> None:
+        if self._sums:
+            sums = tuple(a + b for a, b in zip(self._sums, sums, strict=True))
+        self._sums, self._rows = sums, self._rows + rows
 
 
 # "Weight quantization error reduction"
@@ -122,24 +162,25 @@ class Erq:
         self.config = config
 
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
-        return []
+        layers, _ = quantized_layers(graph)
+        names = {(s.reader, s.index): s.name for s in enumerate_sites(graph).values()}
+        return [
+            Request(names[node, 0], partial(InputMoments, layer))
+            for node, layer in layers.items()
+        ]
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
         layers, skipped = quantized_layers(graph)
+        names = {(s.reader, s.index): s.name for s in enumerate_sites(graph).values()}
         kept: dict[str, float] = {}
         uncorrected: list[str] = []
-
-        def visit(node: fx.Node, values: list[Tensor], floats: list[Tensor]) -> None:
-            if node not in layers:
-                return
-            layer = layers[node]
-            share = self._repair(graph, layer, floats)
+        for node, layer in layers.items():
+            found = context.statistics.get(names[node, 0], InputMoments)
+            share = self._repair(graph, layer, *found)
             if share is None:
                 uncorrected.append(layer.label)
             else:
                 kept[layer.label] = share
-
-        context.engine.walk(graph, context.source, visit, beside=graph.clone())
         return PassReport(
             changed=len(layers),
             found=len(layers) + len(skipped),
@@ -148,25 +189,22 @@ class Erq:
         )
 
     def _repair(
-        self, graph: CapturedGraph, layer: QuantizedLayer, floats: list[Tensor]
+        self,
+        graph: CapturedGraph,
+        layer: QuantizedLayer,
+        moments: Tensor,
+        lost: Tensor,
+        error: Tensor,
+        rows: Tensor,
     ) -> float | None:
         """Return the share of the activation error that is left, ``None`` if not corrected."""
-        quantizer = layer.input_quantizer
-        pairs = []
-        for value in floats:
-            exact = layer.rows(value, ones=True)
-            taken = exact if quantizer is None else layer.rows(quantizer(value), ones=True)
-            pairs.append((taken, exact - taken))
-        moments = moment([(taken, taken) for taken, _ in pairs])
         matrix, columns = layer.matrix(graph)
-        rows = sum(len(taken) for taken, _ in pairs)
         left = None
-        if quantizer is not None and rows >= self.config.rows_per_column * columns:
-            lost = moment(pairs)
+        quantized = layer.input_quantizer is not None
+        if quantized and int(rows) >= self.config.rows_per_column * columns:
             added = activation_correction(
                 matrix, moments, lost, self.config.activation_strength
             )
-            error = moment([(missing, missing) for _, missing in pairs])
             before = output_error(matrix, error)
             gained = 2.0 * float((added * (matrix @ lost.T)).sum())
             left = (before - gained + output_error(added, moments)) / before

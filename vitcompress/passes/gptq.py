@@ -68,7 +68,7 @@ class Gptq:
         layers, skipped = quantized_layers(graph)
         errors: dict[str, float] = {}
 
-        def visit(node: fx.Node, values: list[Tensor], floats: list[Tensor]) -> None:
+        def visit(node: fx.Node, values: list[Tensor]) -> None:
             if node in layers:
                 errors[layers[node].label] = self._round(graph, layers[node], values)
 

@@ -35,11 +35,15 @@ OURS = {
     "ort": {
         "ours deploy W8A8": ("deploy-w8a8", "ort-cpu"),
         "ours integer_attention W8A8": ("integer_attention-w8a8", "ort-cpu"),
-        "ours integer_attention W4A8": ("integer_attention-w4a8", "ort-cpu"),
+        "ours fast W8A8": ("fast-w8a8", "ort-cpu"),
+        "ours fast W4A8": ("fast-w4a8", "ort-cpu"),
     },
     "openvino": {
         "ours deploy_symmetric_weights W8A8": ("deploy_symmetric_weights-w8a8", "openvino"),
-        "ours deploy W4A8": ("deploy-w4a8", "openvino"),
+        "ours deploy_symmetric_weights W4A8": (
+            "deploy_symmetric_weights-w4a8",
+            "openvino",
+        ),
     },
 }
 

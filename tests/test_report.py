@@ -15,7 +15,7 @@ from vitcompress.report import CompressionReport, site_entries, size_of
 
 @pytest.fixture(scope="module")
 def model(vit_graph, source):
-    return quantized(vit_graph, source, bits=4)
+    return quantized(vit_graph, source, bits=4, recipe="deploy")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_skipped_sites_are_counted_with_their_reasons(report):
 
 
 def test_norms_that_were_not_folded_are_counted(vit_graph, source):
-    report = quantized(vit_graph, source, scheme="W4A4").report
+    report = quantized(vit_graph, source, recipe="repq_vit").report
     (entry,) = [p for p in report.passes if p.name == "repq_vit"]
 
     # The final norm feeds the head, which is quantized per tensor from the start.
@@ -177,7 +177,7 @@ def test_worst_site_is_the_one_with_a_lone_outlier_channel(vit_graph, source, bl
     reader[:, unit] /= 100
     graph.set_parameter(f"blocks.{block}.fc2.weight", reader)
 
-    worst = quantized(graph, source, scheme="W8A8").report.worst_sites(1)[0]
+    worst = quantized(graph, source, recipe="deploy").report.worst_sites(1)[0]
 
     assert worst.site == f"blocks.{block}.fc2:input"
     assert worst.peak_channel == unit
@@ -278,7 +278,7 @@ def test_agreement_on_the_calibration_images_is_reported(report):
 
 def test_report_is_the_same_twice_but_for_time_and_memory(vit_graph, source):
     def figures():
-        content = json.loads(quantized(vit_graph, source, scheme="W4A4").report.to_json())
+        content = json.loads(quantized(vit_graph, source, bits=4).report.to_json())
         for entry in (*content["passes"], *content["stages"], *content["evaluations"]):
             entry.pop("seconds")
             entry.pop("peak_memory_bytes", None)

@@ -15,6 +15,7 @@ from vitcompress.errors import ExportError
 from vitcompress.evaluate import evaluate, onnx_predictor
 from vitcompress.export.onnx import ExportResult, Verification
 from vitcompress.export.onnx.leftovers import FileSize
+from vitcompress.recipe import Scheme, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,9 @@ def test_demo_ends_well_and_prints_its_table(demo):
     for words in (
         "embedded digits model",
         "float",
-        "repq_vit",
-        "38 of 38",  # patches, head, and six in each of six blocks
+        "fast_narrow",
+        # Patches, head, and six in each of six blocks; what leaves GELU has a logarithm.
+        "32 of 38",
         f"files in {folder}",
     ):
         assert words in text
@@ -91,8 +93,15 @@ def test_codes_of_real_images_are_those_of_torch(demo):
     assert_codes_agree(folder / "w4a4.onnx", graph, load_digits("test")[0][:64])
 
 
-def test_float_linear_makes_the_demo_fail(demo, monkeypatch, tmp_path):
-    """What the table says of integer products is checked, not decoration."""
+@pytest.fixture
+def float_head(demo, monkeypatch):
+    """A demo of one row whose export says that the head runs as a float product."""
+
+    def run_row(scheme, output):
+        monkeypatch.setattr(run, "ROWS", (scheme,))
+        model.recipe = load_recipe("deploy", scheme=Scheme.parse(scheme))
+        run.run_demo(terminal.out, output)
+
     _, folder, _ = demo
     model = vitcompress.load(folder / "w4a4")
     result = fake_result()
@@ -101,9 +110,20 @@ def test_float_linear_makes_the_demo_fail(demo, monkeypatch, tmp_path):
     monkeypatch.setattr(type(model), "export_onnx", lambda *_, **__: result)
     monkeypatch.setattr(run, "onnx_predictor", lambda path: model)
     monkeypatch.setattr(run, "evaluate", lambda *_, **__: figures)
+    return run_row
 
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8"])
+def test_float_linear_of_eight_bits_makes_the_demo_fail(float_head, tmp_path, scheme):
+    """What the table says of integer products is checked, not decoration."""
     with pytest.raises(ExportError, match=r"float linears: \{'head': 'runs as Gemm'\}"):
-        run.run_demo(terminal.out, tmp_path)
+        float_head(scheme, tmp_path)
+
+
+def test_float_linear_of_narrow_activations_is_shown_alone(float_head, tmp_path, capsys):
+    float_head("W4A4", tmp_path)
+
+    assert "24 of 25" in capsys.readouterr().out
 
 
 def fake_result():

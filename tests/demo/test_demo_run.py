@@ -32,6 +32,12 @@ def demo(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def model(demo):
+    _, folder, _ = demo
+    return vitcompress.load(folder / "w4a4")
+
+
+@pytest.fixture(scope="module")
 def held_out():
     return TensorSource(*load_digits("test"), batch_size=200)
 
@@ -64,10 +70,7 @@ def test_artefact_and_file_are_kept(demo):
     assert weights < 0.25 * 4 * sum(p.numel() for p in load_model().parameters())
 
 
-def test_quantized_digits_are_still_read(demo, held_out):
-    _, folder, _ = demo
-    model = vitcompress.load(folder / "w4a4")
-
+def test_quantized_digits_are_still_read(model, held_out):
     entry = evaluate(model, held_out, reference=load_model())
 
     assert entry.images == 600
@@ -75,9 +78,9 @@ def test_quantized_digits_are_still_read(demo, held_out):
     assert entry.agreement_percent >= 97.0
 
 
-def test_runtime_reads_the_digits_that_torch_reads(demo, held_out):
+def test_runtime_reads_the_digits_that_torch_reads(demo, model, held_out):
     _, folder, _ = demo
-    predict, model = onnx_predictor(folder / "w4a4.onnx"), vitcompress.load(folder / "w4a4")
+    predict = onnx_predictor(folder / "w4a4.onnx")
 
     entry = evaluate(predict, held_out, reference=model, execution="executed")
 
@@ -85,25 +88,23 @@ def test_runtime_reads_the_digits_that_torch_reads(demo, held_out):
     assert entry.mean_kl < 1e-2
 
 
-def test_codes_of_real_images_are_those_of_torch(demo):
+def test_codes_of_real_images_are_those_of_torch(demo, model):
     _, folder, _ = demo
-    model = vitcompress.load(folder / "w4a4")
 
     graph = written_graph(model, "ort-cpu")
     assert_codes_agree(folder / "w4a4.onnx", graph, load_digits("test")[0][:64])
 
 
 @pytest.fixture
-def float_head(demo, monkeypatch):
+def float_head(model, monkeypatch):
     """A demo of one row whose export says that the head runs as a float product."""
 
     def run_row(scheme, output):
         monkeypatch.setattr(run, "ROWS", (scheme,))
-        model.recipe = load_recipe("deploy", scheme=Scheme.parse(scheme))
+        recipe = load_recipe("deploy", scheme=Scheme.parse(scheme))
+        monkeypatch.setattr(model, "recipe", recipe)
         run.run_demo(terminal.out, output)
 
-    _, folder, _ = demo
-    model = vitcompress.load(folder / "w4a4")
     result = fake_result()
     figures = SimpleNamespace(top1_percent=100.0, agreement_percent=100.0)
     monkeypatch.setattr(run, "quantize", lambda *_, **__: model)

@@ -12,7 +12,7 @@ from vitcompress.api import CompressedModel
 from vitcompress.export.onnx import TARGETS
 from vitcompress.export.rewrites import rewritten
 from vitcompress.graph import CapturedGraph
-from vitcompress.quantizers import Affine
+from vitcompress.quantizers import AdaLog, Affine
 
 
 def in_blocks(*names):
@@ -67,16 +67,18 @@ def assert_codes_agree(path: Path, captured: CapturedGraph, x: Tensor) -> None:
     graph = Graph(proto.graph)
     quantizers = {q.site: q for q in captured.quantizers().values() if not q.frozen}
     wanted = {}
-    for site in quantizers:
+    for site, quantizer in quantizers.items():
         codes = graph.named(site)
         value = codes.input[0]
+        # The first operator of a logarithm; an AdaLog has its shift in front.
+        first = ("Add",) if isinstance(quantizer, AdaLog) else ("Relu", "Max")
         # The marker's own input lies in front of the clip or of the logarithm.
         while graph.made_by.get(value) is not None and graph.made_by[value].op_type in (
-            *("Clip", "Round", "Mul", "Log", "Div", "Relu", "Min", "Max"),
+            *("Clip", "Round", "Mul", "Log", "Div", "Relu", "Min", *first),
         ):
             node = graph.made_by[value]
             value = node.input[0]
-            if node.op_type in ("Relu", "Max"):
+            if node.op_type in first:
                 break
             if node.op_type == "Clip" and codes.op_type == "QuantizeLinear":
                 break

@@ -23,7 +23,7 @@ def reported():
 
 @pytest.fixture(scope="module")
 def compressed(reported):
-    return vitcompress.quantize(reported, bits=8)
+    return vitcompress.quantize(reported, recipe="deploy")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_module_in_callable_out(vit, source):
 def test_mode_of_the_module_is_left_as_it_was(source):
     model = tiny_vit(depth=1).train()
 
-    vitcompress.quantize(model, bits=8, source=source)
+    vitcompress.quantize(model, recipe="deploy", source=source)
 
     assert model.training
 
@@ -101,14 +101,15 @@ def test_loaded_models_bring_name_and_preprocessing(reported):
     loaded = LoadedModel(reported, "user/net", prepared, 10, "made here", None)
 
     source = calib.open_source("synthetic", samples=4)
-    model = vitcompress.quantize(loaded, bits=8, source=source)
+    model = vitcompress.quantize(loaded, recipe="deploy", source=source)
 
     assert model.preprocessing == prepared
     assert model.report.model == model.graph.provenance.model == "user/net"
 
 
 def test_same_call_twice_gives_the_same_weights(vit, source):
-    first, second = (vitcompress.quantize(vit, scheme="W4A4", source=source) for _ in range(2))
+    settings = {"recipe": "repq_vit", "source": source}
+    first, second = (vitcompress.quantize(vit, **settings) for _ in range(2))
 
     for name, value in first.graph.tensors().items():
         assert torch.equal(value, second.graph.tensors()[name]), name

@@ -53,7 +53,7 @@ SEPARATE = 14
 
 @pytest.fixture(scope="module")
 def model(vit_graph, source):
-    return quantized(vit_graph, source, bits=8)
+    return quantized(vit_graph, source, recipe="deploy")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def activations_bypassed(model, x):
     return run(model.graph, x, replaced=replaced)[0]
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4}, {"scheme": "W4A4", "recipe": "repq_vit"}])
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"recipe": "repq_vit"}])
 def test_float_graph_has_the_values_of_the_stored_weights(vit_graph, source, settings):
     model = quantized(vit_graph, source, **settings)
     x = images(3)

@@ -168,7 +168,7 @@ def test_some_labels_missing_is_an_error(compared):
 def artefacts(tmp_path_factory, vit_graph, source):
     """An artefact, and a copy of it whose report says something else of one weight."""
     folder = tmp_path_factory.mktemp("artefacts")
-    quantized(vit_graph, source, bits=4).save(folder / "first")
+    quantized(vit_graph, source, bits=4, recipe="deploy").save(folder / "first")
     shutil.copytree(folder / "first", folder / "second")
 
     def change(report):

@@ -16,17 +16,25 @@ from vitcompress.numerics.packing import packed_size
 from vitcompress.recipe import available_recipes
 
 SCHEMES = ("W8A8", "W4A4", "W3A3", "W2A8")
+#: Two of which one has a logarithm; the others store nothing of another kind at other widths.
+EVERY_WIDTH = ("deploy", "repq_vit")
+
+
+def case(recipe, scheme):
+    usual = recipe in EVERY_WIDTH or scheme == "W4A4"
+    return pytest.param(
+        (recipe, scheme), marks=() if usual else pytest.mark.slow, id=f"{recipe}-{scheme}"
+    )
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        (recipe, scheme)
+        case(recipe, scheme)
         for recipe in available_recipes()
         # Training makes values of no other kind at other widths.
         for scheme in (SCHEMES[1:2] if one_step(recipe) else SCHEMES)
     ],
-    ids="-".join,
 )
 def saved(request, vit_graph, source, tmp_path_factory):
     recipe, scheme = request.param
@@ -91,7 +99,7 @@ def test_weights_are_really_packed(saved):
 def test_file_halves_with_the_bits(vit_graph, source, tmp_path):
     sizes = {}
     for bits in (8, 4, 2):
-        quantized(vit_graph, source, bits=bits).save(tmp_path / str(bits))
+        quantized(vit_graph, source, bits=bits, recipe="deploy").save(tmp_path / str(bits))
         tensors = load_file(tmp_path / str(bits) / "weights.safetensors")
         sizes[bits] = sum(v.numel() for n, v in tensors.items() if n.endswith(".codes"))
 
@@ -129,7 +137,7 @@ def test_no_path_of_this_machine_is_written(saved):
 
 def test_hugging_face_model_is_loaded_without_its_library(tmp_path, monkeypatch):
     x = zoo_images("hf_vit", 3)
-    model = quantized(zoo_graph("hf_vit"), make_source(zoo_images("hf_vit", 4)), bits=8)
+    model = quantized(zoo_graph("hf_vit"), make_source(zoo_images("hf_vit", 4)))
     model.save(tmp_path / "hf")
     for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
@@ -147,7 +155,7 @@ def test_hugging_face_model_is_loaded_without_its_library(tmp_path, monkeypatch)
 def test_swin_with_masks_and_rolls_keeps_both_laws(tmp_path):
     x = zoo_images("timm_swin", 2)
     source = make_source(zoo_images("timm_swin", 4))
-    model = quantized(zoo_graph("timm_swin"), source, scheme="W4A4")
+    model = quantized(zoo_graph("timm_swin"), source, recipe="repq_vit")
     model.save(tmp_path / "first")
 
     loaded = vitcompress.load(tmp_path / "first")
@@ -160,7 +168,7 @@ def test_swin_with_masks_and_rolls_keeps_both_laws(tmp_path):
 
 
 def test_preprocessing_is_recorded_and_read_back(vit_graph, source, tmp_path):
-    model = quantized(vit_graph, source, bits=8)
+    model = quantized(vit_graph, source, recipe="deploy")
     model.preprocessing = vitcompress.api.calib.Preprocessing(size=(32, 32), mean=(0.5,) * 3)
     model.save(tmp_path / "a")
 

@@ -17,12 +17,12 @@ from vitcompress.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def model(vit_graph, source):
-    return quantized(vit_graph, source, bits=8)
+    return quantized(vit_graph, source, recipe="deploy")
 
 
 @pytest.fixture(scope="module")
 def other(vit_graph, source):
-    return quantized(vit_graph, source, bits=2)
+    return quantized(vit_graph, source, bits=2, recipe="deploy")
 
 
 def contents(folder):

@@ -17,7 +17,7 @@ from vitcompress.errors import ArtifactError
 @pytest.fixture(scope="module")
 def original(vit_graph, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("original") / "artefact"
-    quantized(vit_graph, source, bits=8).save(folder)
+    quantized(vit_graph, source, recipe="deploy").save(folder)
     return folder
 
 

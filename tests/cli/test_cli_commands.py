@@ -111,7 +111,9 @@ def test_text_file_named_like_an_image_is_skipped_and_named(
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "notes.jpg").write_text("these are not pixels")
 
-    found = vitcompress("quantize", *TINY, "--calib", folder, "-o", "out")
+    found = vitcompress(
+        "quantize", *TINY, "--recipe", "deploy", "--calib", folder, "-o", "out"
+    )
 
     assert found.code == 0, found.err
     assert "1 calibration files skipped: notes.jpg" in found.out

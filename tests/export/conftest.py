@@ -1,5 +1,6 @@
 """Exported files, shared between tests: tracing for ONNX takes most of the time."""
 
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -23,22 +24,32 @@ def models(vit_graph, source):
 
 
 @pytest.fixture(scope="session")
-def export(models, tmp_path_factory):
+def traced_once():
+    """Trace each graph once, whatever is written from it.
+
+    A trace depends on the graph and its options alone; a lowering edits it, hence the copy.
+    """
+    rewrite, mark = cache(exporter.rewritten), cache(exporter.marked_model)
+
+    @contextmanager
+    def traced_once():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporter, "rewritten", rewrite)
+            patch.setattr(exporter, "marked_model", lambda *a, **k: mark(*a, **k).clone())
+            yield
+
+    return traced_once
+
+
+@pytest.fixture(scope="session")
+def export(models, traced_once, tmp_path_factory):
     """Return a file of a recipe, a scheme and a target: path, model, written graph, result."""
-    traced = cache(lambda graph, **options: exporter_marked_model(graph, **options))
-    exporter_marked_model = exporter.marked_model
 
     @cache
     def export(recipe, scheme, target):
         model = models(recipe, scheme)
         path = tmp_path_factory.mktemp("onnx") / f"{recipe}-{scheme}-{target}.onnx"
-        with pytest.MonkeyPatch.context() as patch:
-            # The trace depends on the model alone; the lowering edits it, hence the copy.
-            patch.setattr(
-                exporter,
-                "marked_model",
-                lambda graph, **options: traced(graph, **options).clone(),
-            )
+        with traced_once():
             result = model.export_onnx(path, target=target, images=images(64, seed=7))
         graph = written_graph(model, target)
         return SimpleNamespace(model=model, graph=graph, path=path, result=result)

@@ -29,7 +29,9 @@ class Perceptron(nn.Module):
 )
 def test_a_linear_with_an_activation_right_behind_runs_as_integers(activation, tmp_path):
     model = enliven(Perceptron(activation))
-    compressed = vitcompress.quantize(model, bits=8, source=make_source(images(8, 16)))
+    compressed = vitcompress.quantize(
+        model, recipe="deploy", source=make_source(images(8, 16))
+    )
 
     found = compressed.export_onnx(tmp_path / "m.onnx", images=images(8, 16)).verification
 

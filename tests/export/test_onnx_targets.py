@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from finished import quantized
 from frozen import frozen
 from onnx import TensorProto
 from onnx_files import load_file
@@ -27,9 +26,21 @@ openvino = pytest.mark.skipif(
 WITHOUT_OPENVINO = "OpenVINO is not installed; pip install 'vitcompress[openvino]'"
 
 
-@pytest.fixture(scope="module", params=["W8A8", "W4A8", "W3A8", "W2A8"])
-def symmetric(request, vit_graph, source):
-    return quantized(vit_graph, source, recipe="deploy_symmetric", scheme=request.param)
+@pytest.fixture(autouse=True)
+def _traced_once(traced_once):
+    with traced_once():
+        yield
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("W8A8", "W4A8", "W2A8"),
+        pytest.param("W3A8", marks=pytest.mark.slow),  # stored as W4A8 is
+    ],
+)
+def symmetric(request, models):
+    return models("deploy_symmetric", request.param)
 
 
 @pytest.mark.parametrize("target", ["openvino", "tensorrt", "generic"])
@@ -187,7 +198,8 @@ def wide():
 
 @pytest.mark.parametrize(
     ("bits", "container"),
-    [(4, 4), (3, 4), (2, 2)],  # ONNX has no type of 3 bits: the bar is that of its container
+    # ONNX has no type of 3 bits: the bar is that of its container.
+    [pytest.param(4, 4, marks=pytest.mark.slow), (3, 4), (2, 2)],
 )
 def test_a_file_is_within_three_percent_of_its_packed_weights(wide, tmp_path, bits, container):
     attention = {"roles": ["query", "key", "value", "probs"], "skip": True}

@@ -54,7 +54,10 @@ def asked(pytester, monkeypatch):
     monkeypatch.setattr(plugin, "model_digest", lambda model: str(abs(hash(str(model)))))
     update_baseline(
         pytester.path / "baseline.yaml",
-        [make_result(wrong=range(9)), make_result(scheme="W8A8", recipe="deploy")],
+        [
+            make_result(wrong=range(9), recipe="fast_narrow"),
+            make_result(scheme="W8A8", recipe="fast"),
+        ],
     )
     return calls
 
@@ -76,7 +79,7 @@ def test_figures_that_did_not_move_pass_and_are_shown(asked, run):
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
-        ["toy, 200 images*", "*W4A4 repq_vit*", "gate passed: 3 figures"]
+        ["toy, 200 images*", "*W4A4 fast_narrow*", "gate passed: 3 figures"]
     )
 
 
@@ -87,7 +90,7 @@ def test_moved_figures_fail_with_the_table_and_no_traceback(asked, run):
 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["*W4A4 repq_vit*", "*top1*0/51*regressed*", "gate failed: 2 of 3 figures"]
+        ["*W4A4 fast_narrow*", "*top1*0/51*regressed*", "gate failed: 2 of 3 figures"]
     )
     result.stdout.no_fnmatch_line("*gates.py*")
 
@@ -115,8 +118,8 @@ def test_several_schemes_are_swept_together_by_recipe(asked, run):
     run(arguments=USUAL.replace("W4A4", "W4A4, W8A8,W3A3") + ", seed='0..2', samples=8")
 
     assert [(c["recipes"], c["schemes"], c["seeds"], c["samples"]) for c in asked] == [
-        (["repq_vit"], ["W4A4", "W3A3"], "0..2", 8),
-        (["deploy"], ["W8A8"], "0..2", 8),
+        (["fast_narrow"], ["W4A4", "W3A3"], "0..2", 8),
+        (["fast"], ["W8A8"], "0..2", 8),
     ]
     assert asked[0]["output"] == asked[1]["output"]
     assert asked[0]["calibration"] == "synthetic"
@@ -128,7 +131,9 @@ def test_update_writes_the_baseline_and_passes(asked, run, pytester):
     result = run("--vitcompress-update-baseline", "-rP")
 
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["toy / W4A4 / repq_vit: changed", "*kept; it has no result"])
+    result.stdout.fnmatch_lines(
+        ["toy / W4A4 / fast_narrow: changed", "*kept; it has no result"]
+    )
     limits = [cell.limits["top1"].value for cell in read_baseline_of(pytester).values()]
     assert limits == [70.0, 100.0]
 

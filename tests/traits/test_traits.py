@@ -57,7 +57,31 @@ def test_a_saved_model_answers_with_the_same_bits(name, tmp_path):
     assert torch.equal(loaded(x), toy_model(name)(x))
 
 
-@pytest.mark.parametrize("name", sorted(TOYS))
+#: Captured as the operators of others, or exported where the trait is tested.
+WRITTEN_ALIKE = frozenset(
+    {
+        "blocked_attention",
+        "computed_positions",
+        "einsum",
+        "kept_norms",
+        "layer_scale",
+        "learned_query",
+        "library_attention",
+        "norm_behind_linear",
+        "norms_behind",
+        "outlook_attention",
+        "separate_projections",
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in WRITTEN_ALIKE else ())
+        for name in sorted(TOYS)
+    ],
+)
 def test_the_exported_file_is_verified_and_every_linear_runs_as_integers(name, export):
     found = export(name).verification
 

@@ -33,7 +33,6 @@ def usual(vit_graph, source):
     return quantized(vit_graph, source, bits=4).report
 
 
-@pytest.mark.xfail(strict=True, reason="freeze compares weights with what GPTQ made of them")
 def test_noise_of_weights_is_that_of_their_rounding_under_the_default_recipe(usual):
     noise = [site.sqnr_db for site in usual.sites if site.role == "weight"]
 
@@ -41,7 +40,6 @@ def test_noise_of_weights_is_that_of_their_rounding_under_the_default_recipe(usu
     assert all(5.0 < value < 40.0 for value in noise)
 
 
-@pytest.mark.xfail(strict=True, reason="an infinite ratio in the details of freeze is a word")
 def test_report_of_the_default_recipe_survives_json(usual):
     assert CompressionReport.from_json(usual.to_json()) == usual
 

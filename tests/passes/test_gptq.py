@@ -74,7 +74,7 @@ def test_every_weight_lies_on_its_grid_and_freezes_without_further_loss(vit_grap
         vit_graph,
         many,
     )
-    assert min(records[-1].report.details["weight_sqnr_db"].values()) > 100.0
+    assert records[-1].report.details["weight_sqnr_db"] == {}  # nothing was left to round
     torch.testing.assert_close(finished.logits(images(4)), graph.logits(images(4)))
 
 

@@ -174,9 +174,12 @@ class Erq:
         names = {(s.reader, s.index): s.name for s in enumerate_sites(graph).values()}
         kept: dict[str, float] = {}
         uncorrected: list[str] = []
+        noise: dict[str, float] = {}
         for node, layer in layers.items():
             found = context.statistics.get(names[node, 0], InputMoments)
-            share = self._repair(graph, layer, *found)
+            share = self._correct(graph, layer, *found)
+            if self.config.round_weights:
+                noise[layer.quantizer.site] = self._round(graph, layer, found[0])
             if share is None:
                 uncorrected.append(layer.label)
             else:
@@ -185,10 +188,14 @@ class Erq:
             changed=len(layers),
             found=len(layers) + len(skipped),
             skipped=skipped,
-            details={"activation_error_left": kept, "not_corrected": uncorrected},
+            details={
+                "activation_error_left": kept,
+                "not_corrected": uncorrected,
+                "weight_sqnr_db": noise,
+            },
         )
 
-    def _repair(
+    def _correct(
         self,
         graph: CapturedGraph,
         layer: QuantizedLayer,
@@ -210,9 +217,13 @@ class Erq:
             left = (before - gained + output_error(added, moments)) / before
             matrix = matrix + added
             layer.store(graph, matrix)
-        if self.config.round_weights:
-            weight = graph.parameter(layer.weight)
-            fit_range(layer.quantizer, weight, self.config)
-            grid = layer.grid(weight)
-            layer.store(graph, rounded_by_halves(matrix, moments, grid, columns, self.config))
         return left
+
+    def _round(self, graph: CapturedGraph, layer: QuantizedLayer, moments: Tensor) -> float:
+        """Put a weight on its grid; return its signal-to-noise ratio in dB."""
+        matrix, columns = layer.matrix(graph)
+        weight = graph.parameter(layer.weight)
+        fit_range(layer.quantizer, weight, self.config)
+        rounded = rounded_by_halves(matrix, moments, layer.grid(weight), columns, self.config)
+        layer.store(graph, rounded)
+        return layer.rounding_sqnr_db(matrix, rounded, columns)

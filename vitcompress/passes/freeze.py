@@ -20,6 +20,10 @@ class FreezeConfig:
     """Freeze has no settings."""
 
 
+#: Above this a weight lay on its codes before; what is left is single precision.
+ON_CODES_DB = 100.0
+
+
 @register
 class Freeze:
     """Store weights as codes; the graph then reads them through ``dequantize``."""
@@ -61,10 +65,13 @@ class Freeze:
             if codes.dtype not in (torch.int8, torch.uint8):
                 raise PassError(f"{quantizer.site}: weights must be strict; set strict: true")
             noise = quantizer.dequantize(codes) - values
-            signal_to_noise[quantizer.site] = sqnr_db(
+            ratio = sqnr_db(
                 float(values.square().sum(dtype=torch.float64)),
                 float(noise.square().sum(dtype=torch.float64)),
             )
+            # A pass that has put a weight on its codes tells itself what that cost.
+            if ratio < ON_CODES_DB:
+                signal_to_noise[quantizer.site] = ratio
             graph.set_parameter(name, codes)
             quantizer.frozen = True
             frozen.add(name)

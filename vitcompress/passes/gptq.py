@@ -67,23 +67,31 @@ class Gptq:
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
         layers, skipped = quantized_layers(graph)
         errors: dict[str, float] = {}
+        noise: dict[str, float] = {}
 
         def visit(node: fx.Node, values: list[Tensor]) -> None:
             if node in layers:
-                errors[layers[node].label] = self._round(graph, layers[node], values)
+                layer = layers[node]
+                error, ratio = self._round(graph, layer, values)
+                errors[layer.label], noise[layer.quantizer.site] = error, ratio
 
         context.engine.walk(graph, context.source, visit)
         return PassReport(
             changed=len(layers),
             found=len(layers) + len(skipped),
             skipped=skipped,
-            details={"error_of_nearest": errors},
+            details={"error_of_nearest": errors, "weight_sqnr_db": noise},
         )
 
     def _round(
         self, graph: CapturedGraph, layer: QuantizedLayer, values: list[Tensor]
-    ) -> float:
-        """Round one layer; return its output error relative to that of nearest rounding."""
+    ) -> tuple[float, float]:
+        """Round one layer.
+
+        Returns:
+            Its output error relative to that of nearest rounding, and the signal-to-noise
+            ratio of its weight in dB.
+        """
         inputs = [layer.rows(value, ones=True) for value in values]
         hessian = moment([(rows, rows) for rows in inputs])
         weight = graph.parameter(layer.weight)
@@ -101,4 +109,5 @@ class Gptq:
         nearest = matrix.clone()
         nearest[:, :columns] = grid.nearest(matrix[:, :columns], slice(columns))
         plain = output_error(nearest - matrix, hessian)
-        return output_error(rounded - matrix, hessian) / plain if plain > 0 else 1.0
+        left = output_error(rounded - matrix, hessian) / plain if plain > 0 else 1.0
+        return left, layer.rounding_sqnr_db(matrix, rounded, columns)

@@ -12,6 +12,7 @@ from vitcompress.graph import CapturedGraph, ops
 from vitcompress.graph.edit import is_quantizer
 from vitcompress.graph.metadata import info, module_path, node_argument
 from vitcompress.graph.ops import is_op
+from vitcompress.numerics.metrics import sqnr_db
 from vitcompress.numerics.rounding import Grid
 from vitcompress.passes.base import quantizers_of
 from vitcompress.quantizers import Affine, Quantizer
@@ -75,6 +76,17 @@ class QuantizedLayer:
         graph.set_parameter(self.weight, matrix[:, :columns].float().reshape(shape))
         if self.bias is not None:
             graph.set_parameter(self.bias, matrix[:, columns].float())
+
+    def rounding_sqnr_db(self, exact: Tensor, rounded: Tensor, columns: int) -> float:
+        """Return the signal-to-noise ratio of the weight's rounding.
+
+        Args:
+            exact: Matrix before, as :meth:`matrix` returns it.
+            rounded: Matrix after.
+            columns: How many columns are the weight's.
+        """
+        signal, noise = exact[:, :columns], (rounded - exact)[:, :columns]
+        return sqnr_db(float(signal.square().sum()), float(noise.square().sum()))
 
     def grid(self, weight: Tensor) -> Grid:
         """Return the values that the present parameters of the weight's quantizer allow."""

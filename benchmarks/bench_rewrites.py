@@ -28,7 +28,7 @@ from vitcompress.export.onnx.targets import Target
 from vitcompress.graph import capture
 
 FULL = TARGETS["ort-cpu"]
-PLAIN = replace(FULL, linear="gemm", attention="products", rewrites=(), residual="add")
+PLAIN = replace(FULL, linear="matmul", attention="products", rewrites=(), residual="add")
 PATCHES = ("linear_patches", "simplify_moves")
 ROWS = ("separate_projections", "keep_needed_rows")
 

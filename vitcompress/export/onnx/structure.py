@@ -32,7 +32,7 @@ def violations(model: ir.Model, target: Target) -> list[str]:
         target: For onnxruntime anything goes that it runs, since it runs every file.
     """
     found: list[str] = []
-    if target.attention == "products":
+    if target.linear == "matmul":
         found += _foreign(model)
     if target.signed == "everything":
         for node in model.graph:

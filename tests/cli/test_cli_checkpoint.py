@@ -18,6 +18,7 @@ def captured(monkeypatch, vit_graph):
 SETTINGS = (
     *("--effort", "balanced", "--scheme", "W3A4", "--samples", 4),
     *("--set", "passes.6.iterations=1", "--set", "passes.6.device=cpu"),
+    *("--set", "passes.4.roles=[value]", "--set", "passes.4.rounds=0"),
 )
 
 

@@ -68,7 +68,7 @@ def processes_about(folder):
 
 
 def test_killed_sweep_loses_the_running_cell_and_goes_on(vitcompress, arguments, tmp_path):
-    arguments = {**arguments, "--seeds": "0..4", "--jobs": 1, "-o": tmp_path / "sweep"}
+    arguments = {**arguments, "--seeds": "0..2", "--jobs": 1, "-o": tmp_path / "sweep"}
     process = subprocess.Popen(
         [sys.executable, "-m", "vitcompress", *command(arguments)],
         cwd=tmp_path,
@@ -93,9 +93,9 @@ def test_killed_sweep_loses_the_running_cell_and_goes_on(vitcompress, arguments,
 
     after = read_sweep(tmp_path / "sweep")
     assert (found.code, found.err) == (0, "")
-    assert 1 <= len(before.results) < 10
-    assert len(after.results) == 10
-    assert f"10 cells, {len(before.results)} there already" in found.out
+    assert 1 <= len(before.results) < 6
+    assert len(after.results) == 6
+    assert f"6 cells, {len(before.results)} there already" in found.out
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     assert not (tmp_path / "sweep" / ".sweep-work").exists()
     assert after.results.items() >= before.results.items()

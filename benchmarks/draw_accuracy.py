@@ -13,7 +13,7 @@ from harness import RESULTS
 
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
 SERIES = {
-    "fast": ("#8a1c5b", "--effort fast (everything quantized)"),
+    "fast": ("#8a1c5b", "--effort fast, all quantized"),
     "deploy": ("#0b6e4f", "deploy (attention in float)"),
     "repq_vit": ("#1f5fa8", "repq_vit (strict)"),
     "repq_vit_paper": ("#b8860b", "repq_vit_paper"),

@@ -181,8 +181,8 @@ def quantize(
             capture where one model is quantized several times); left as it was.
         bits: Weight bits; activations take 8, which is what runtimes execute.
         scheme: Both widths, e.g. ``W4A4``; instead of ``bits``.
-        effort: ``fast`` (the default), ``balanced`` or ``best``: chooses the recipe that was
-            measured to be best for the scheme; see :mod:`vitcompress.effort`.
+        effort: ``fast`` (the default), ``balanced`` or ``best``: chooses the recipe for the
+            scheme; see :mod:`vitcompress.effort`.
         recipe: Name, file or object; instead of ``effort``.
         source: Calibration images; 32 rendered ones if not given.
         overrides: Recipe settings such as ``passes.1.method=minmax``.

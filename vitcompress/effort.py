@@ -1,7 +1,8 @@
-"""Efforts: what a user will spend, and the recipe that was measured to be best for it.
+"""Efforts: what a user will spend, and the recipe for it.
 
-The figures behind each choice are in ``benchmarks/results``; a new pass takes a place here
-only with a gain on real images.
+The recipes of ``fast`` were chosen by the figures in ``benchmarks/results``; those of
+``balanced`` and ``best`` build on them and are hardly measured yet. A new pass takes a place
+here only with a gain on real images.
 """
 
 import difflib
@@ -42,9 +43,9 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
     "balanced": Effort(
-        "trained for half an hour on two cores", 256, "balanced", "balanced_narrow"
+        "every block trained on 256 images", 256, "balanced", "balanced_narrow"
     ),
-    "best": Effort("trained for hours on two cores", 1000, "best", "best_narrow"),
+    "best": Effort("trained longer, on 1,000 images", 1000, "best", "best_narrow"),
 }
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vitcompress.calibration import Observer, RangeConfig, Request, fit_range
 from vitcompress.errors import ConfigError
@@ -163,20 +163,20 @@ class Erq:
 
     def statistics(self, graph: CapturedGraph) -> Sequence[Request]:
         layers, _ = quantized_layers(graph)
-        names = {(s.reader, s.index): s.name for s in enumerate_sites(graph).values()}
+        names = _input_sites(graph)
         return [
-            Request(names[node, 0], partial(InputMoments, layer))
+            Request(names[node], partial(InputMoments, layer))
             for node, layer in layers.items()
         ]
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
         layers, skipped = quantized_layers(graph)
-        names = {(s.reader, s.index): s.name for s in enumerate_sites(graph).values()}
+        names = _input_sites(graph)
         kept: dict[str, float] = {}
         uncorrected: list[str] = []
         noise: dict[str, float] = {}
         for node, layer in layers.items():
-            found = context.statistics.get(names[node, 0], InputMoments)
+            found = context.statistics.get(names[node], InputMoments)
             share = self._correct(graph, layer, *found)
             if self.config.round_weights:
                 noise[layer.quantizer.site] = self._round(graph, layer, found[0])
@@ -227,3 +227,8 @@ class Erq:
         rounded = rounded_by_halves(matrix, moments, layer.grid(weight), columns, self.config)
         layer.store(graph, rounded)
         return layer.rounding_sqnr_db(matrix, rounded, columns)
+
+
+def _input_sites(graph: CapturedGraph) -> dict[fx.Node, str]:
+    """Return the name of the site of each operation's first argument."""
+    return {s.reader: s.name for s in enumerate_sites(graph).values() if s.index == 0}

@@ -43,21 +43,34 @@ def symmetric(request, models):
     return models("deploy_symmetric", request.param)
 
 
+@pytest.fixture(scope="module")
+def written(symmetric, tmp_path_factory):
+    """Return the file for a target, written once, and what its export reported."""
+    known = {}
+
+    def written(target):
+        if target not in known:
+            path = tmp_path_factory.mktemp(target) / "m.onnx"
+            result = symmetric.export_onnx(path, target=target, images=images(4, seed=3))
+            known[target] = path, result
+        return known[target]
+
+    return written
+
+
 @pytest.mark.parametrize("target", ["openvino", "tensorrt", "generic"])
-def test_files_hold_standard_operators_alone(symmetric, tmp_path, target):
-    symmetric.export_onnx(tmp_path / "m.onnx", target=target, images=images(4, seed=3))
+def test_files_hold_standard_operators_alone(written, target):
+    path, _ = written(target)
 
-    model, _ = load_file(tmp_path / "m.onnx")
+    model, _ = load_file(path)
     assert {opset.domain for opset in model.opset_import} == {""}
-    assert violations(ir.load(tmp_path / "m.onnx"), TARGETS[target]) == []
+    assert violations(ir.load(path), TARGETS[target]) == []
 
 
-def test_tensorrt_file_is_int8_throughout_and_said_to_be_unexecuted(symmetric, tmp_path):
-    result = symmetric.export_onnx(
-        tmp_path / "m.onnx", target="tensorrt", images=images(4, seed=3)
-    )
+def test_tensorrt_file_is_int8_throughout_and_said_to_be_unexecuted(written):
+    path, result = written("tensorrt")
 
-    model, graph = load_file(tmp_path / "m.onnx")
+    model, graph = load_file(path)
     kinds = {t.data_type for t in model.graph.initializer}
     assert not kinds & {TensorProto.UINT8, TensorProto.INT4, TensorProto.INT2}
     assert not graph.of_type("Cast")
@@ -93,10 +106,8 @@ def test_zero_points_of_activations_are_kept_where_those_of_weights_are_not_take
     assert result.verification.in_step_cosine > 1.0 - 1e-9
 
 
-def test_generic_file_is_said_to_be_unexecuted(symmetric, tmp_path):
-    result = symmetric.export_onnx(
-        tmp_path / "m.onnx", target="generic", images=images(4, seed=3)
-    )
+def test_generic_file_is_said_to_be_unexecuted(written):
+    _, result = written("generic")
 
     assert "is not here; structure and values were checked" in result.not_executed
     assert ExportEntry.of(result).execution == "simulated"
@@ -174,16 +185,14 @@ def test_narrow_weights_keep_their_zero_points_in_an_exact_form(models, tmp_path
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
-def test_a_file_is_its_packed_weights_and_the_leftovers(symmetric, tmp_path, target):
-    result = symmetric.export_onnx(
-        tmp_path / "m.onnx", target=target, images=images(4, seed=3)
-    )
+def test_a_file_is_its_packed_weights_and_the_leftovers(symmetric, written, target):
+    path, result = written(target)
 
     bits = symmetric.recipe.scheme.weight_bits
     codes = [t for n, t in symmetric.graph.tensors().items() if not t.is_floating_point()]
     width = 8 if bits > 4 else 4 if bits > 2 or target == "openvino" else 2
     assert result.size.packed_bytes == sum(t.numel() for t in codes) * width // 8
-    model = onnx.load(tmp_path / "m.onnx")
+    model = onnx.load(path)
     stored = sum(t.ByteSize() for t in model.graph.initializer)
     parts = result.size.packed_bytes + result.size.parameter_bytes + result.size.leftover_bytes
     assert parts <= stored

@@ -94,6 +94,20 @@ def test_answers_come_nearer_to_those_of_the_float_network(
     assert report.skipped == {}
 
 
+def test_products_in_bfloat16_serve_training_as_well(vit_graph, quantized, reconstructed):
+    x = smooth_images(256, seed=9)
+    expected = vit_graph(x)
+
+    graph, _ = reconstructed(mixed_precision=True)
+
+    before = (quantized(x) - expected).square().mean()
+    error = (graph(x) - expected).square().mean()
+    exact = (reconstructed()[0](x) - expected).square().mean()
+    assert error < 0.7 * before
+    assert error != exact
+    assert all(value.dtype != torch.bfloat16 for value in graph.tensors().values())
+
+
 @pytest.mark.parametrize("weights", ["adaround", "straight_through"])
 def test_blocks_err_less_on_images_that_were_not_trained_on(
     vit_graph, quantized, reconstructed, weights

@@ -7,6 +7,8 @@ Deviation: the largest code means zero. The published form counts zero on top of
 powers, which b bits cannot hold; it is available as ``strict=False``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,10 @@ def adaptive_log_codes(
         strict: The largest code means zero. Otherwise zero is an extra code ``2^bits``.
     """
     zero_code = 2**bits - 1 if strict else 2**bits
-    octaves = -torch.log2(torch.clamp(x, min=0.0) / scale)
-    return torch.clamp(torch.round(octaves * (STEPS_PER_OCTAVE / numerator)), 0, zero_code)
+    # The natural logarithm, as runtimes have it; it is several times as fast besides.
+    logs = torch.log(torch.clamp(x, min=0.0) / scale)
+    steps = logs.mul_(-STEPS_PER_OCTAVE / math.log(2.0) / numerator)
+    return steps.round_().clamp_(0, zero_code)
 
 
 def adaptive_log_table(numerator: int, *, bits: int, strict: bool) -> Tensor:

@@ -46,6 +46,9 @@ class ReconstructConfig(BlockSettings):
         quantized_input: Probability that an element of a block's input comes from the
             quantized network and not from the float one.
         quantized_inside: Probability that an element inside a block is quantized.
+        mixed_precision: Multiply matrices in bfloat16 while training, and compute the rest in
+            float32: faster where the processor has units for it. Losses are prepared, and
+            blocks judged, in float32.
     """
 
     loss: str = "mse"
@@ -59,6 +62,7 @@ class ReconstructConfig(BlockSettings):
     warm_up: float = 0.2
     quantized_input: float = 0.5
     quantized_inside: float = 0.5
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +87,7 @@ class ReconstructConfig(BlockSettings):
             penalty=self.penalty,
             warm_up=self.warm_up,
             quantized_input=self.quantized_input,
+            mixed_precision=self.mixed_precision,
         )
 
 

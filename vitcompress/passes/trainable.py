@@ -123,7 +123,7 @@ class _LearnedScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         granularity = self.quantizer.spec.granularity
-        viewed = granularity.view(x)
+        viewed = granularity.view(x.float())
         use = None if self.coin is None else self.coin.toss(viewed)
         scale, zero_point = (
             granularity.broadcast(parameter, x)
@@ -155,10 +155,11 @@ class _Straight(nn.Module):
         self.coin = coin
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.quantizer(x.detach())
+        plain = x.float()
+        found: Tensor = self.quantizer(plain.detach())
         if self.coin is not None:
-            found = self.coin.mix(found, x.detach())
-        passed: Tensor = _PassedThrough.apply(x, found)
+            found = self.coin.mix(found, plain.detach())
+        passed: Tensor = _PassedThrough.apply(plain, found)
         return passed
 
 

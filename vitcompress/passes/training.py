@@ -45,6 +45,7 @@ class Training:
         warm_up: Share of the steps before that penalty sets in.
         quantized_input: Probability that an element of the input comes from the quantized
             network and not from the float one.
+        mixed_precision: Multiply matrices in bfloat16, and compute the rest in float32.
     """
 
     iterations: int
@@ -55,6 +56,7 @@ class Training:
     penalty: float = 0.0
     warm_up: float = 0.2
     quantized_input: float = 1.0
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -182,8 +184,12 @@ def train(
     def step_loss(step: int, images: Tensor) -> tuple[Tensor, Tensor]:
         if refresh and step and step % refresh == 0:
             loss.refresh(task, block.quantized)
-        output = block(*_mixed(task, images, entry))
-        value = loss(output, task.targets.take(images), images)
+        inputs = _mixed(task, images, entry)
+        with torch.autocast(
+            task.device.type, torch.bfloat16, enabled=training.mixed_precision
+        ):
+            output = block(*inputs)
+        value = loss(output.float(), task.targets.take(images), images)
         beta = penalty_exponent(step, training)
         if beta is None or training.penalty == 0.0:
             return value, value

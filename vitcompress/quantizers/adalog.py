@@ -13,6 +13,7 @@ from vitcompress.numerics.adaptive_log import (
     adaptive_log_table,
 )
 from vitcompress.quantizers.base import Quantizer
+from vitcompress.quantizers.codebook import looked_up
 from vitcompress.quantizers.log import Log2
 from vitcompress.quantizers.spec import QuantSpec
 
@@ -88,8 +89,8 @@ class AdaLog(Log2):
         )
 
     def decode(self, codes: Tensor, **parameters: Tensor) -> Tensor:
-        table = self._unit_table(int(parameters["numerator"].flatten()[0])).to(codes.device)
-        return table[codes.long()] * parameters["scale"] - parameters["shift"]
+        table = self._unit_table(int(parameters["numerator"].flatten()[0]))
+        return looked_up(table, codes) * parameters["scale"] - parameters["shift"]
 
     def _unit_table(self, numerator: int) -> Tensor:
         return adaptive_log_table(numerator, bits=self.spec.bits, strict=self.spec.strict)

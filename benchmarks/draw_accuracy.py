@@ -13,6 +13,7 @@ from harness import RESULTS
 
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
 SERIES = {
+    "balanced": ("#5a3fa0", "--effort balanced, all quantized"),
     "fast": ("#8a1c5b", "--effort fast, all quantized"),
     "deploy": ("#0b6e4f", "deploy (attention in float)"),
     "repq_vit": ("#1f5fa8", "repq_vit (strict)"),
@@ -90,12 +91,12 @@ def main() -> None:
     panels = [
         panel(m, i * step, means, floats[m]) for i, m in enumerate(MODELS) if m in floats
     ]
-    legend = "".join(
-        f'<circle cx="{LEFT + 8 + i * 200}" cy="{TOP + HEIGHT + 44}" r="4" fill="{colour}"/>'
-        f'<text x="{LEFT + 18 + i * 200}" y="{TOP + HEIGHT + 48}">{label}</text>'
-        for i, (colour, label) in enumerate(SERIES.values())
-    )
-    total_width, total_height = 2 * step, TOP + HEIGHT + 64
+    legend = ""
+    for i, (colour, label) in enumerate(SERIES.values()):
+        left, below = LEFT + 8 + i % 3 * 250, TOP + HEIGHT + 44 + i // 3 * 20
+        legend += f'<circle cx="{left}" cy="{below}" r="4" fill="{colour}"/>'
+        legend += f'<text x="{left + 10}" y="{below + 4}">{label}</text>'
+    total_width, total_height = 2 * step, TOP + HEIGHT + 84
     style = (
         "text{font:12px system-ui,sans-serif;fill:#222}.title{font-weight:600;font-size:14px}"
         ".end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#ddd}"

@@ -42,7 +42,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
     "balanced": Effort(
-        "every block trained on 256 images, some ten minutes",
+        "every block trained on 256 images",
         256,
         "balanced",
         "balanced_narrow",

@@ -42,10 +42,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
     "balanced": Effort(
-        "every block trained on 256 images",
-        256,
-        "balanced",
-        "balanced_narrow",
+        "every block trained on 256 images", 256, "balanced", "balanced_narrow"
     ),
     "best": Effort("trained longer, on 1,000 images", 1000, "best", "best_narrow"),
 }

@@ -46,9 +46,9 @@ class ReconstructConfig(BlockSettings):
         quantized_input: Probability that an element of a block's input comes from the
             quantized network and not from the float one.
         quantized_inside: Probability that an element inside a block is quantized.
-        mixed_precision: Multiply matrices in bfloat16 while training, and compute the rest in
-            float32: faster where the processor has units for it. Losses are prepared, and
-            blocks judged, in float32.
+        mixed_precision: Multiply matrices in bfloat16 while training: faster where the
+            processor has units for it. Quantizers, norms and losses stay in float32, and so
+            does all that prepares a loss or judges a block.
     """
 
     loss: str = "mse"

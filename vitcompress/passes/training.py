@@ -45,7 +45,7 @@ class Training:
         warm_up: Share of the steps before that penalty sets in.
         quantized_input: Probability that an element of the input comes from the quantized
             network and not from the float one.
-        mixed_precision: Multiply matrices in bfloat16, and compute the rest in float32.
+        mixed_precision: Multiply matrices in bfloat16; quantizers stay in float32.
     """
 
     iterations: int

@@ -242,6 +242,20 @@ def test_a_block_that_several_values_leave_is_left_alone_with_a_reason(quantized
     assert records[1].skipped == "2 values leave it at once"
 
 
+def test_every_block_knows_what_the_float_network_answers(quantized, vit_graph):
+    x = images(IMAGES, seed=4)
+    found = []
+
+    def fit(task):
+        found.append(task.answers.take(EVERYTHING))
+        return BlockOutcome()
+
+    walked(quantized.clone(), vit_graph, fit, x=x)
+
+    for answers in found:
+        torch.testing.assert_close(answers, vit_graph(x), rtol=1e-4, atol=1e-5)
+
+
 def test_tensors_that_another_block_reads_are_named(quantized, vit_graph):
     graph = quantized.clone()
     for node in graph.graph.find_nodes(op="get_attr", target="blocks.1.fc1.bias"):
@@ -294,9 +308,9 @@ def test_memory_does_not_grow_with_depth(quantized, vit_graph, monkeypatch):
 
     walked(quantized.clone(), vit_graph, lambda task: BlockOutcome())
 
-    # The images, then at most an input of either network and an output of either.
-    assert max(counts) == 4
-    assert counts[-1] <= 4
+    # The answers; the images, then at most an input and an output of either network.
+    assert max(counts) == 5
+    assert counts[-1] <= 5
 
 
 def test_a_teacher_of_another_structure_is_refused(quantized, vit_graph):

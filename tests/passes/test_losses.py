@@ -49,6 +49,7 @@ def toy_task(blind_channel=None):
         path="toy",
         float_inputs=(rows_of(z),),
         targets=rows_of(z),
+        answers=rows_of(logits(z)),
         training=IMAGES,
         batches=lambda: list(EVERYTHING.split(5)),
         rest=SimpleNamespace(logits=logits, features=lambda output: output[:, 0]),

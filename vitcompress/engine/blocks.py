@@ -111,6 +111,7 @@ class BlockWalk:
                 )
             self.float.values = {self.float.graph.input_node: images}
             self.quantized.values = {self.quantized.graph.input_node: images}
+            self._answers = self._recorded_answers(images)
             return [self._visit(index, inputs, fit) for index in range(len(self.float.chain))]
 
     def _visit(
@@ -168,6 +169,7 @@ class BlockWalk:
             inputs=() if inputs == "float" else values(self.quantized, program),
             float_inputs=() if inputs == "quantized" else values(self.float, float_program),
             targets=outputs[float_program.outputs[0]],
+            answers=self._answers,
             training=self._training,
             images=self._store.images,
             batch_size=self.settings.batch_size,
@@ -201,6 +203,19 @@ class BlockWalk:
         assert rows is not None
         # A source leaves out files that it cannot read, and learns of them on the way.
         self._store.images = first
+        return rows
+
+    @torch.no_grad()
+    def _recorded_answers(self, images: CachedRows) -> CachedRows:
+        """Return the float network's logits, from the images: the same if a run is resumed."""
+        rows: CachedRows | None = None
+        module = self.float.graph.module.to(self.device)
+        for chosen in numbered(self._store.images, self.settings.batch_size):
+            logits = self.float.graph.logits(images.take(chosen))
+            rows = rows or self._store.room(tuple(logits.shape[1:]), logits.dtype)
+            rows.put(chosen, logits)
+        module.to("cpu")
+        assert rows is not None
         return rows
 
     @torch.no_grad()
@@ -240,7 +255,8 @@ class BlockWalk:
                 for source in node.all_input_nodes
             }
             side.values = {n: v for n, v in side.values.items() if n in read}
-        self._store.keep_only([*self.quantized.values.values(), *self.float.values.values()])
+        values = (*self.quantized.values.values(), *self.float.values.values())
+        self._store.keep_only([self._answers, *values])
 
 
 def _check_alike(quantized: _Side, teacher: _Side) -> None:

@@ -97,11 +97,10 @@ class AnswersLoss(BlockLoss):
 # Gradients at the output of a block
 
 
-def _answers_gradient(task: BlockTask, output: Tensor, target: Tensor) -> Tensor:
+def _answers_gradient(task: BlockTask, output: Tensor, images: Tensor) -> Tensor:
     """Return g, ``[B, d]``: per image, of the loss summed over the batch."""
     output = output.detach().requires_grad_()
-    with torch.no_grad():
-        expected = task.rest.logits(target)
+    expected = task.answers.take(images)
     loss = answers_divergence(task.rest.logits(output), expected, TEMPERATURE) * len(output)
     (gradient,) = torch.autograd.grad(loss, output)
     return gradient.flatten(1)
@@ -113,7 +112,7 @@ def _error_pairs(task: BlockTask, block: Block) -> Iterator[tuple[Tensor, Tensor
         target = task.targets.take(images)
         with torch.no_grad():
             output = block(*(rows.take(images) for rows in task.float_inputs))
-        gradient = _answers_gradient(task, output, target)
+        gradient = _answers_gradient(task, output, images)
         yield images, gradient, (output - target).flatten(1)
 
 
@@ -158,16 +157,15 @@ class AveragePerturbationHessian(BlockLoss):
     name: ClassVar[str] = "aph"
 
     def prepare(self, task: BlockTask, block: Block) -> None:
-        expected = torch.zeros(())
+        images = torch.zeros(0)
 
         def points() -> Iterator[Tensor]:
-            nonlocal expected
+            nonlocal images
             for images in task.batches():
-                expected = task.targets.take(images)
-                yield expected
+                yield task.targets.take(images)
 
         def gradient(z: Tensor) -> Tensor:
-            return _answers_gradient(task, z, expected).reshape(z.shape)
+            return _answers_gradient(task, z, images).reshape(z.shape)
 
         self._hessian = row_sums(gradient, points())
 

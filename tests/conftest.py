@@ -1,3 +1,6 @@
+from functools import cache
+from importlib import import_module
+
 import pytest
 import torch
 from tiny import images, make_source, tiny_vit
@@ -34,3 +37,15 @@ def graph(vit_graph):
 @pytest.fixture(scope="session")
 def source():
     return make_source(images(8))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations_listed_once():
+    """Spare every export the list of translations to ONNX: slow, and always the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            apis = import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+            patch.setattr(apis, "get_torchlib_ops", cache(apis.get_torchlib_ops))
+        except (ImportError, AttributeError):
+            pass  # It has moved: tests take longer, that is all.
+        yield

@@ -87,7 +87,9 @@ def test_quantized_attention_is_not_fused(tmp_path):
     assert set(fusable_attentions(model.graph)[1].values()) == {"its operands are quantized"}
 
 
-@pytest.mark.parametrize("name", ["timm_swin", "hf_swin"])
+@pytest.mark.parametrize(
+    "name", ["timm_swin", pytest.param("hf_swin", marks=pytest.mark.slow)]
+)
 def test_windows_with_masks_run_as_one_operator_each(name, tmp_path):
     """The runtime's results are compared in step at batches of one and two."""
     model, path = quantized("deploy", name), tmp_path / "m.onnx"

@@ -37,10 +37,10 @@ WIDTHS = [
     *(("repq_vit", scheme) for scheme in ("W4A4", "W3A3", "W6A6")),
 ]
 TARGETS = ("ort-cpu", "generic")
-#: Stored as others are: 6 bits as 8, and 3 as 4, which one target shows.
+#: Stored as others are: 6 bits as 8, and 3 as 4, which one file shows.
 ALIKE = [
-    *(("repq_vit", "W6A6", target) for target in TARGETS),
-    *((recipe, scheme, "generic") for recipe, scheme in WIDTHS if scheme.startswith("W3")),
+    *(("repq_vit", scheme, target) for scheme in ("W6A6", "W3A3") for target in TARGETS),
+    ("deploy", "W3A8", "generic"),
 ]
 #: What a linear becomes.
 PRODUCT = {"ort-cpu": "MatMulIntegerToFloat", "generic": "MatMul"}

@@ -24,8 +24,11 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 220, 46, 50, 40
 
 
 def read() -> tuple[dict[tuple[str, str, str], float], dict[str, float]]:
-    """Return mean top-1 by model, recipe and scheme, and the float top-1 by model."""
-    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    """Return mean top-1 by model, recipe and scheme, and the float top-1 by model.
+
+    Runs with the most calibration images count.
+    """
+    found: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(dict)
     floats: dict[str, float] = {}
     for path in sorted(RESULTS.glob("accuracy-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -35,8 +38,11 @@ def read() -> tuple[dict[tuple[str, str, str], float], dict[str, float]]:
             elif not entry["overrides"]:
                 recipe = entry["recipe"].removesuffix("_narrow")  # one effort, two recipes
                 key = entry["model"], recipe, entry["scheme"]
-                found[key].append(entry["top1_percent"])
-    return {key: statistics.mean(values) for key, values in found.items()}, floats
+                found[key].setdefault(entry.get("samples", 32), []).append(
+                    entry["top1_percent"]
+                )
+    means = {key: statistics.mean(runs[max(runs)]) for key, runs in found.items()}
+    return means, floats
 
 
 def panel(

@@ -1,7 +1,7 @@
 """Efforts: what a user will spend, and the recipe for it.
 
-The recipes were chosen by the figures in ``benchmarks/results``, those of ``best`` by runs of
-fewer steps. A new pass takes a place here only with a gain on real images.
+The recipes were chosen by the figures in ``benchmarks/results``, ``best`` by those at 3 bits. A
+new pass takes a place here only with a gain on real images.
 """
 
 import difflib
@@ -42,7 +42,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("closed form, minutes on two cores", 64, "fast", "fast_narrow"),
     "balanced": Effort(
-        "every block trained on 256 images", 256, "balanced", "balanced_narrow"
+        "every block trained on 512 images", 512, "balanced", "balanced_narrow"
     ),
     "best": Effort("trained longer, on 1,000 images", 1000, "best", "best_narrow"),
 }

@@ -1,7 +1,7 @@
 """Efforts: what a user will spend, and the recipe for it.
 
-The recipes were chosen by the figures in ``benchmarks/results``, ``best`` by those at 3 bits. A
-new pass takes a place here only with a gain on real images.
+The recipes were chosen by the figures in ``benchmarks/results``, ``best`` by those at 3 bits.
+A new pass takes a place here only with a gain on real images.
 """
 
 import difflib

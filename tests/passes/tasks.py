@@ -30,5 +30,6 @@ def tasks_of(
         None,
         blocks,
     )
-    walk.run(make_source(smooth_images(count, seed=11), batch_size=4), inputs, fit)
+    source = make_source(smooth_images(count, seed=11), batch_size=4)
+    walk.run(source, inputs, fit, answers=True)
     return found

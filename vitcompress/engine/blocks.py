@@ -93,6 +93,8 @@ class BlockWalk:
         source: CalibrationSource,
         inputs: Inputs,
         fit: Callable[[BlockTask], BlockOutcome],
+        *,
+        answers: bool,
     ) -> list[BlockRecord]:
         """Give each block to ``fit`` and return how it went.
 
@@ -111,7 +113,7 @@ class BlockWalk:
                 )
             self.float.values = {self.float.graph.input_node: images}
             self.quantized.values = {self.quantized.graph.input_node: images}
-            self._answers = self._recorded_answers(images)
+            self._answers = self._recorded_answers(images) if answers else None
             return [self._visit(index, inputs, fit) for index in range(len(self.float.chain))]
 
     def _visit(
@@ -255,8 +257,9 @@ class BlockWalk:
                 for source in node.all_input_nodes
             }
             side.values = {n: v for n, v in side.values.items() if n in read}
+        answers = () if self._answers is None else (self._answers,)
         values = (*self.quantized.values.values(), *self.float.values.values())
-        self._store.keep_only([self._answers, *values])
+        self._store.keep_only((*answers, *values))
 
 
 def _check_alike(quantized: _Side, teacher: _Side) -> None:

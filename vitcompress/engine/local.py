@@ -88,12 +88,13 @@ class LocalEngine:
         inputs: Inputs,
         settings: BlockSettings,
         seed: int,
+        answers: bool = False,
         units: Callable[[CapturedGraph], Sequence[Block]] = blocks,
     ) -> list[BlockRecord]:
         """Reconstruct the graph block by block, in network order."""
         stage = None if self._checkpoint is None else self._checkpoint.stage()
         blockwise = BlockWalk(graph, teacher, settings, seed, stage, units)
-        return blockwise.run(source, inputs, fit)
+        return blockwise.run(source, inputs, fit, answers=answers)
 
 
 def _updater(observers: list[Observer]) -> Callable[[Tensor], None]:

@@ -94,6 +94,7 @@ class Engine(Protocol):
         inputs: Inputs,
         settings: BlockSettings,
         seed: int,
+        answers: bool = False,
         units: Callable[[CapturedGraph], Sequence[Block]] = blocks,
     ) -> list[BlockRecord]:
         """Reconstruct a graph block by block, in network order.
@@ -107,6 +108,7 @@ class Engine(Protocol):
                 blocks in front as they were left.
             settings: How data are kept.
             seed: Of all that is random.
+            answers: Whether to record what the float network answers, for all blocks.
             units: The blocks of a graph; what lies between them counts where it is quantized.
 
         Returns:

@@ -102,7 +102,8 @@ class BlockTask:
         inputs: Its inputs in the quantized network; empty if the pass did not ask for them.
         float_inputs: Its inputs in the float network; empty if the pass did not ask for them.
         targets: What the float network computes from the latter.
-        answers: What the float network answers in the end: logits, ``[B, O]``.
+        answers: What the float network answers in the end: logits, ``[B, O]``; none if the
+            pass did not ask for them.
         training: Number of images to train on: those from 0.
         images: Number of all images; the others are held out.
         batch_size: Images in a batch.
@@ -120,7 +121,7 @@ class BlockTask:
     inputs: tuple[Rows, ...]
     float_inputs: tuple[Rows, ...]
     targets: Rows
-    answers: Rows
+    answers: Rows | None
     training: int
     images: int
     batch_size: int

@@ -43,6 +43,8 @@ class BlockLoss(ABC):
     refreshes: ClassVar[int] = 0
     #: Whether it looks at the block on the inputs of the float network.
     needs_float_inputs: ClassVar[bool] = False
+    #: Whether it looks at what the float network answers in the end.
+    needs_answers: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._first: dict[str, Tensor] = {}
@@ -99,6 +101,7 @@ class AnswersLoss(BlockLoss):
 
 def _answers_gradient(task: BlockTask, output: Tensor, images: Tensor) -> Tensor:
     """Return g, ``[B, d]``: per image, of the loss summed over the batch."""
+    assert task.answers is not None, "the loss asks for no answers"
     output = output.detach().requires_grad_()
     expected = task.answers.take(images)
     loss = answers_divergence(task.rest.logits(output), expected, TEMPERATURE) * len(output)
@@ -127,6 +130,7 @@ class DiagonalFisher(BlockLoss):
 
     name: ClassVar[str] = "fisher_diagonal"
     needs_float_inputs: ClassVar[bool] = True
+    needs_answers: ClassVar[bool] = True
 
     def prepare(self, task: BlockTask, block: Block) -> None:
         self._squares: Rows | None = None
@@ -155,6 +159,7 @@ class AveragePerturbationHessian(BlockLoss):
     """
 
     name: ClassVar[str] = "aph"
+    needs_answers: ClassVar[bool] = True
 
     def prepare(self, task: BlockTask, block: Block) -> None:
         images = torch.zeros(0)
@@ -186,6 +191,7 @@ class LowRankFisher(BlockLoss):
 
     name: ClassVar[str] = "fima"
     needs_float_inputs: ClassVar[bool] = True
+    needs_answers: ClassVar[bool] = True
     refreshes: ClassVar[int] = 5
 
     def prepare(self, task: BlockTask, block: Block) -> None:
@@ -233,6 +239,7 @@ class LeastSquaresHessian(BlockLoss):
 
     name: ClassVar[str] = "least_squares"
     needs_float_inputs: ClassVar[bool] = True
+    needs_answers: ClassVar[bool] = True
 
     def prepare(self, task: BlockTask, block: Block) -> None:
         diagonal, rank_one = DiagonalFit(), RankOneFit()

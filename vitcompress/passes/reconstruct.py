@@ -109,8 +109,8 @@ class Reconstruct:
         return []
 
     def apply(self, graph: CapturedGraph, context: PassContext) -> PassReport:
-        inputs = self.config.training().inputs
-        if LOSSES[self.config.loss].needs_float_inputs:
+        loss, inputs = LOSSES[self.config.loss], self.config.training().inputs
+        if loss.needs_float_inputs:
             inputs = "both"
         records = context.engine.map_blocks(
             graph,
@@ -120,6 +120,7 @@ class Reconstruct:
             inputs=inputs,
             settings=self.config,
             seed=int(torch.randint(2**62, (), generator=context.generator)),
+            answers=loss.needs_answers,
         )
         return block_report(records, {"loss": self.config.loss})
 

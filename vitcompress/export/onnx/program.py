@@ -9,12 +9,13 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from vitcompress.errors import ExportError
 from vitcompress.export.onnx.attention import (
@@ -139,7 +140,7 @@ def marked_model(
                 strict=False,
             )
             exported = torch.onnx.export(
-                program,
+                _decomposed(program),
                 dynamo=True,
                 opset_version=opset,
                 input_names=["images"],
@@ -153,6 +154,27 @@ def marked_model(
         ) from error
     assert exported is not None
     return exported.model
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Spare the exporter decomposing a program of whole, functional operators.
+
+    It would trace everything anew, which takes longer than all else that it does.
+    """
+    decompose: Callable[..., ExportedProgram] = program.run_decompositions
+    operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+    def run_decompositions(table: dict[Any, Any] | None = None) -> ExportedProgram:
+        if table is None or any(op in table or _changes_operands(op) for op in operators):
+            return decompose(table)
+        return program
+
+    program.run_decompositions = run_decompositions
+    return program
+
+
+def _changes_operands(operator: Any) -> bool:
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import gc
 from functools import cache
 from importlib import import_module
 
@@ -9,6 +10,18 @@ from vitcompress.graph import capture
 
 # Tensors are tiny: on a busy machine, threads that wait for each other cost more than work.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rare_collections():
+    """Spare the collector the libraries' objects, which it would walk at every capture."""
+    gc.collect()
+    gc.freeze()
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    yield
+    gc.set_threshold(*usual)
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

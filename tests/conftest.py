@@ -57,8 +57,11 @@ def _translations_listed_once():
     """Spare every export the list of translations to ONNX: slow, and always the same."""
     with pytest.MonkeyPatch.context() as patch:
         try:
-            apis = import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
-            patch.setattr(apis, "get_torchlib_ops", cache(apis.get_torchlib_ops))
+            registry = import_module(
+                "torch.onnx._internal.exporter._registration"
+            ).ONNXRegistry
+            listed = cache(registry.from_torchlib)
+            patch.setattr(registry, "from_torchlib", staticmethod(listed))
         except (ImportError, AttributeError):
             pass  # It has moved: tests take longer, that is all.
         yield

@@ -73,7 +73,7 @@ def captured(monkeypatch, vit_graph):
     ("widths", "label"),
     [
         (("--w-bits", 4, "--a-bits", 6), "fast_narrow-w4a6"),
-        (("--w-bits", 3), "fast-w3a8"),
+        pytest.param(("--w-bits", 3), "fast-w3a8", marks=pytest.mark.slow),
         (("--a-bits", 4), "fast_narrow-w8a4"),
         ((), "fast-w8a8"),
     ],

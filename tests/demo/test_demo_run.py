@@ -114,7 +114,7 @@ def float_head(model, monkeypatch):
     return run_row
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W4A8"])
+@pytest.mark.parametrize("scheme", ["W8A8", pytest.param("W4A8", marks=pytest.mark.slow)])
 def test_float_linear_of_eight_bits_makes_the_demo_fail(float_head, tmp_path, scheme):
     """What the table says of integer products is checked, not decoration."""
     with pytest.raises(ExportError, match=r"float linears: \{'head': 'runs as Gemm'\}"):

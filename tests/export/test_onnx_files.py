@@ -37,10 +37,11 @@ WIDTHS = [
     *(("repq_vit", scheme) for scheme in ("W4A4", "W3A3", "W6A6")),
 ]
 TARGETS = ("ort-cpu", "generic")
-#: Stored as others are: 6 bits as 8, and 3 as 4, which one file shows.
+#: Stored as others are: 6 bits as 8, and 3 as 4, which one file shows; and in `generic` files
+#: as in those for onnxruntime.
 ALIKE = [
     *(("repq_vit", scheme, target) for scheme in ("W6A6", "W3A3") for target in TARGETS),
-    ("deploy", "W3A8", "generic"),
+    *(("deploy", scheme, "generic") for scheme in ("W4A8", "W3A8", "W2A8")),
 ]
 #: What a linear becomes.
 PRODUCT = {"ort-cpu": "MatMulIntegerToFloat", "generic": "MatMul"}

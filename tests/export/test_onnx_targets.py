@@ -35,7 +35,8 @@ def _traced_once(traced_once):
 @pytest.fixture(
     scope="module",
     params=[
-        *("W8A8", "W4A8", "W2A8"),
+        *("W8A8", "W2A8"),
+        pytest.param("W4A8", marks=pytest.mark.slow),
         pytest.param("W3A8", marks=pytest.mark.slow),  # stored as W4A8 is
     ],
 )

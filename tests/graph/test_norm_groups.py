@@ -162,7 +162,9 @@ def test_hugging_face_norms_have_three_consumers_before_attention():
     assert groups["vit.layers.0.layernorm_after"] == 1
 
 
-@pytest.mark.parametrize("name", ["timm_swin", "torchvision_swin", "hf_swin"])
+@pytest.mark.parametrize(
+    "name", ["timm_swin", "torchvision_swin", pytest.param("hf_swin", marks=pytest.mark.slow)]
+)
 def test_swin_folds_through_windows_but_not_into_a_residual_or_a_mean(name):
     groups, rejected = coverage(name)
 

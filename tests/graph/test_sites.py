@@ -11,6 +11,14 @@ from zoo import SLOW, ZOO, zoo_graph, zoo_model
 from vitcompress.graph import Role, capture, enumerate_sites
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "sites"
+#: Besides those of the zoo.
+CAPTURED_SLOWLY = SLOW | {
+    "timm_fastvit",
+    "timm_levit",
+    "timm_swinv2",
+    "timm_xcit",
+    "torchvision_maxvit",
+}
 MODELS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ZOO]
 
 
@@ -21,7 +29,15 @@ def table(graph):
     ]
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=pytest.mark.slow if path.stem in CAPTURED_SLOWLY else ()
+        )
+        for path in sorted(GOLDEN.glob("*.yaml"))
+    ],
+)
 def test_sites_are_those_of_the_golden_table(path):
     """A difference here is the first sign that a library, or recognition, has changed."""
     expected = yaml.safe_load(path.read_text(encoding="utf-8"))

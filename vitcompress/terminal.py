@@ -145,8 +145,10 @@ def _ruler(channel: int | None, peak: float | None, runner_up: float | None) -> 
     return ""
 
 
-def print_evaluation(console: Console, entry: EvaluationEntry) -> None:
-    """Print one line of accuracy and agreement."""
+def print_evaluation(
+    console: Console, entry: EvaluationEntry, reference: str = "float"
+) -> None:
+    """Print one line of accuracy and agreement, and what it was compared with."""
     parts = [f"{entry.images} images ({escape(entry.data)}), {entry.execution}:"]
     if entry.top1_percent is not None:
         parts.append(f"top-1 [bold]{entry.top1_percent:.2f} %[/bold]")
@@ -154,10 +156,11 @@ def print_evaluation(console: Console, entry: EvaluationEntry) -> None:
         parts.append(f"top-5 {entry.top5_percent:.2f} %")
     if entry.reference_top1_percent is not None:
         parts.append(
-            f"(float {entry.reference_top1_percent:.2f} %, drop {entry.top1_drop_pp:+.2f} pp)"
+            f"({reference} {entry.reference_top1_percent:.2f} %, "
+            f"drop {entry.top1_drop_pp:+.2f} pp)"
         )
     if entry.agreement_percent is not None:
-        parts.append(f"agrees with float on {entry.agreement_percent:.2f} %")
+        parts.append(f"agrees with {reference} on {entry.agreement_percent:.2f} %")
     if entry.mean_kl is not None:
         parts.append(f"mean KL {entry.mean_kl:.4f}")
     if entry.logits_sqnr_db is not None:

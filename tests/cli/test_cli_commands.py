@@ -172,7 +172,7 @@ def test_images_without_labels_are_announced(vitcompress, artefact, pictures):
 
     assert found.code == 0, found.err
     assert "these images have no labels: no accuracy" in found.out
-    assert "agrees with float on 100.00 %" in found.out
+    assert "agrees with reference on 100.00 %" in found.out
 
 
 def test_preprocessing_of_an_artefact_can_be_overridden(vitcompress, artefact, pictures):

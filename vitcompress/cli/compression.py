@@ -222,12 +222,12 @@ def evaluate_command(
         eval_, samples=eval_samples, batch_size=batch_size, preprocessing=preprocessing
     )
     say("preprocessing", preprocessing.describe())
-    compare = None
+    compare, kind = None, "float"
     if reference is not None:
-        compare, _, _ = predictor_of(reference, arch, trust_input, num_classes, image_size)
+        compare, _, kind = predictor_of(reference, arch, trust_input, num_classes, image_size)
     entry = evaluate(predictor, source, reference=compare)
     entry = entry.model_copy(update={"execution": execution})
     if not entry.labelled:
         out.print("[yellow]these images have no labels: no accuracy[/yellow]")
-    terminal.print_evaluation(out, entry)
+    terminal.print_evaluation(out, entry, "float" if kind == "float" else "reference")
     write_json(json_, entry)

@@ -24,6 +24,9 @@ CLOSED_FORM: dict[str, list[dict[str, Any]]] = {
     "repq": [],
     "gptq": [{"pass": "gptq"}],
     "erq": [{"pass": "erq"}],
+    # What the two differ by: ERQ's first step alone, and with the other's rounding behind it.
+    "ridge": [{"pass": "erq", "round_weights": False}],
+    "ridge_gptq": [{"pass": "erq", "round_weights": False}, {"pass": "gptq"}],
 }
 #: Recipes, and settings of them.
 RECIPES: dict[str, tuple[str, list[str]]] = {

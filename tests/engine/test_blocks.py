@@ -303,7 +303,8 @@ def test_windows_of_a_hierarchical_network_are_cached_by_image():
     )
 
 
-def test_memory_does_not_grow_with_depth(quantized, vit_graph, monkeypatch):
+@pytest.mark.parametrize("answers", [False, True])
+def test_memory_does_not_grow_with_depth(quantized, vit_graph, monkeypatch, answers):
     counts = []
     room = RowStore.room
 
@@ -314,11 +315,11 @@ def test_memory_does_not_grow_with_depth(quantized, vit_graph, monkeypatch):
 
     monkeypatch.setattr(RowStore, "room", watched)
 
-    walked(quantized.clone(), vit_graph, lambda task: BlockOutcome())
+    walked(quantized.clone(), vit_graph, lambda task: BlockOutcome(), answers=answers)
 
-    # The images, then at most an input and an output of either network.
-    assert max(counts) == 4
-    assert counts[-1] <= 4
+    # The answers if asked for, the images, then at most two values of either network.
+    assert max(counts) == 4 + answers
+    assert counts[-1] <= 4 + answers
 
 
 def test_a_teacher_of_another_structure_is_refused(quantized, vit_graph):
